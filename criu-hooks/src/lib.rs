@@ -1,0 +1,5 @@
+//! The checkpoint engine: CRIU sessions and hooks, images on disk, preflight.
+//!
+//! Knows CRIU, OCI specs and cgroup v2; knows neither containerd nor Kubernetes.
+
+pub mod spawn;

@@ -1,0 +1,1 @@
+//! The containerd shim `io.containerd.agentcube.v1`.
