@@ -1,1 +1,8 @@
 //! The containerd shim `io.containerd.agentcube.v1`.
+
+pub mod container;
+pub mod error;
+pub mod events;
+pub mod lifecycle;
+pub mod runtime;
+pub mod task;

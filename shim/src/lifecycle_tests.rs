@@ -1,0 +1,333 @@
+//! Random orders of events against the life-cycle, with a model of what its effects bring about.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// What is true outside the state machine while it runs.
+#[derive(Debug, Default)]
+struct World {
+    processes: bool,
+    frozen: bool,
+    image: bool,
+    starting: bool,
+    dumping: bool,
+    cancelled: bool,
+    restoring: bool,
+    kill_pending: bool,
+    dumps_own_exit: bool,
+    waiting: usize,
+    reports: usize,
+}
+
+/// What the outside does next.
+#[derive(Debug, Clone, Copy)]
+enum Move {
+    Ask(Event),
+    /// Let the work under way end, this way.
+    Finish {
+        ok: bool,
+    },
+    /// The init process ends by itself.
+    Crash,
+    FreezeFails,
+}
+
+fn moves() -> impl Strategy<Value = Move> {
+    prop_oneof![
+        2 => Just(Move::Ask(Event::Start)),
+        3 => Just(Move::Ask(Event::Sleep(Depth::Checkpointed))),
+        2 => Just(Move::Ask(Event::Sleep(Depth::Frozen))),
+        2 => Just(Move::Ask(Event::Wake)),
+        3 => Just(Move::Ask(Event::Need)),
+        1 => Just(Move::Ask(Event::Pause)),
+        1 => Just(Move::Ask(Event::Resume)),
+        1 => Just(Move::Ask(Event::Kill)),
+        6 => any::<bool>().prop_map(|ok| Move::Finish { ok }),
+        1 => Just(Move::Crash),
+        1 => Just(Move::FreezeFails),
+    ]
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            processes: true,
+            ..Self::default()
+        }
+    }
+
+    /// Carries out one effect and checks that it makes sense.
+    fn perform(&mut self, effect: Effect, next: State) {
+        match effect {
+            Effect::Start => {
+                assert!(!self.starting, "started twice");
+                self.starting = true;
+            }
+            Effect::Freeze => self.frozen = true,
+            Effect::Thaw => self.frozen = false,
+            Effect::Dump => {
+                assert!(self.processes, "a dump of nothing");
+                assert!(!self.dumping && !self.restoring, "two engines at work");
+                self.dumping = true;
+                self.cancelled = false;
+            }
+            Effect::CancelDump => {
+                assert!(self.dumping, "no dump to cancel");
+                self.cancelled = true;
+            }
+            Effect::Restore => {
+                assert!(self.image, "a restore without an image");
+                assert!(!self.processes, "a restore beside living processes");
+                assert!(!self.dumping && !self.restoring, "two engines at work");
+                self.restoring = true;
+            }
+            Effect::Kill => self.kill_pending = true,
+            Effect::DropImage => {
+                let ended = next == State::Stopped || self.kill_pending || self.dumps_own_exit;
+                assert!(
+                    self.processes || ended,
+                    "the image is dropped, and nothing else holds the state"
+                );
+                self.image = false;
+            }
+            Effect::Release | Effect::Refuse => self.waiting = 0,
+            Effect::ReportExit => {
+                assert!(!self.processes, "the exit of a living process");
+                self.reports += 1;
+            }
+            Effect::ReportKilledAsleep => {
+                assert!(!self.processes, "killed asleep, with processes");
+                self.reports += 1;
+            }
+            Effect::PublishPaused => {}
+        }
+    }
+}
+
+struct Model {
+    state: State,
+    world: World,
+}
+
+impl Model {
+    fn event(&mut self, event: Event) {
+        let queued = event == Event::Need;
+        match step(self.state, Facts::default(), event) {
+            Ok(step) => {
+                if queued {
+                    self.world.waiting += 1;
+                }
+                self.state = step.next;
+                for effect in step.effects {
+                    self.world.perform(effect, step.next);
+                }
+            }
+            Err(_) => assert!(
+                !matches!(
+                    event,
+                    Event::Exited | Event::DumpDone(_) | Event::RestoreDone { .. } | Event::StartDone { .. }
+                ),
+                "{event:?} was refused in {:?}: facts cannot be refused",
+                self.state
+            ),
+        }
+    }
+
+    fn make(&mut self, next: Move) {
+        match next {
+            Move::Ask(event) => self.event(event),
+            Move::Finish { ok } => self.finish(ok),
+            Move::Crash => self.die(),
+            Move::FreezeFails => {
+                if self.world.frozen && matches!(self.state, State::Frozen { .. }) {
+                    self.event(Event::FreezeFailed);
+                }
+            }
+        }
+        if self.world.kill_pending && !self.world.dumping && !self.world.restoring {
+            self.world.kill_pending = false;
+            self.die();
+        }
+    }
+
+    /// The init process ends, if it may: a frozen or dumped one only by a kill.
+    fn die(&mut self) {
+        if self.world.processes && !self.world.restoring {
+            self.world.processes = false;
+            self.event(Event::Exited);
+        }
+    }
+
+    fn finish(&mut self, ok: bool) {
+        if std::mem::take(&mut self.world.starting) {
+            self.event(Event::StartDone { ok });
+        } else if std::mem::take(&mut self.world.dumping) {
+            // The engine leaves no cgroup frozen, however the dump ends.
+            self.world.frozen = false;
+            // A dump of a dead process fails; one that was cancelled in time does not kill.
+            if ok && self.world.processes && !self.world.cancelled {
+                self.world.image = true;
+                self.world.processes = false;
+                self.world.dumps_own_exit = true;
+                self.event(Event::DumpDone(DumpOutcome::Complete));
+                self.event(Event::Exited);
+                self.world.dumps_own_exit = false;
+            } else {
+                self.event(Event::DumpDone(DumpOutcome::Abandoned));
+            }
+        } else if std::mem::take(&mut self.world.restoring) {
+            self.world.processes = ok;
+            self.event(Event::RestoreDone { ok });
+        }
+    }
+
+    fn check(&self) {
+        let World {
+            processes,
+            frozen,
+            image,
+            reports,
+            ..
+        } = self.world;
+        assert!(reports <= 1, "the exit was reported {reports} times");
+        match self.state {
+            State::Checkpointed => assert!(image && !processes, "asleep without an image: {:?}", self.world),
+            State::Stopped => {
+                assert!(!processes, "stopped with processes");
+                assert!(!frozen, "a dead container's cgroup stays frozen");
+                assert!(reports == 1, "stopped in silence");
+                assert!(self.world.waiting == 0, "a request waits for a dead container");
+            }
+            State::Running => {
+                assert!(!frozen, "running and frozen");
+                assert!(self.world.waiting == 0, "a request waits for a running container");
+            }
+            _ => {}
+        }
+        // An exit that came during a start or a dump is reported when that has ended.
+        let held = matches!(
+            self.state,
+            State::Starting { exited: true } | State::Dumping { exited: true, .. }
+        );
+        assert!(
+            processes || image || held || reports == 1,
+            "the state is lost: {:?}",
+            self.world
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4096, ..ProptestConfig::default() })]
+
+    /// Whatever comes in whatever order: the agent's state is in its processes or in its image until it has ended,
+    /// its exit is reported once, and no request waits for ever.
+    #[test]
+    fn no_order_of_events_loses_the_state(moves in prop::collection::vec(moves(), 1..60)) {
+        let mut model = Model { state: State::Created, world: World::new() };
+        for next in moves {
+            model.make(next);
+            model.check();
+        }
+        // All work ends some day; then nobody may still wait.
+        for _ in 0..4 {
+            model.make(Move::Finish { ok: true });
+            model.check();
+        }
+        prop_assert_eq!(model.world.waiting, 0);
+    }
+
+    /// A live exec or a checkpoint for a client keeps a container awake in every state.
+    #[test]
+    fn execs_and_checkpoints_keep_it_awake(live_execs in 0usize..3, checkpoints in 0usize..2) {
+        let facts = Facts { live_execs, checkpoints };
+        for state in [State::Running, State::Frozen { by: FrozenBy::Sleep }] {
+            let slept = step(state, facts, Event::Sleep(Depth::Checkpointed));
+            prop_assert_eq!(slept.is_ok(), live_execs == 0 && checkpoints == 0);
+        }
+    }
+}
+
+#[test]
+fn a_wake_during_a_dump_cancels_it_once() {
+    let dumping = step(
+        State::Running,
+        Facts::default(),
+        Event::Sleep(Depth::Checkpointed),
+    )
+    .expect("sleeps");
+    let woken = step(dumping.next, Facts::default(), Event::Need).expect("is taken");
+    assert_eq!(woken.effects, [Effect::CancelDump]);
+    let again = step(woken.next, Facts::default(), Event::Need).expect("is taken");
+    assert_eq!(again.effects, []);
+    let abandoned = step(
+        again.next,
+        Facts::default(),
+        Event::DumpDone(DumpOutcome::Abandoned),
+    )
+    .expect("ends");
+    assert_eq!(
+        (abandoned.next, abandoned.effects),
+        (State::Running, vec![Effect::Release])
+    );
+}
+
+#[test]
+fn a_wake_that_comes_too_late_for_a_dump_restores() {
+    let state = State::Dumping {
+        woken: true,
+        killed: false,
+        exited: false,
+    };
+    let step = step(state, Facts::default(), Event::DumpDone(DumpOutcome::Complete)).expect("ends");
+    assert_eq!(
+        (step.next, step.effects),
+        (State::Restoring { killed: false }, vec![Effect::Restore])
+    );
+}
+
+#[test]
+fn a_failed_restore_keeps_the_image_and_can_be_tried_again() {
+    let state = State::Restoring { killed: false };
+    let failed = step(state, Facts::default(), Event::RestoreDone { ok: false }).expect("ends");
+    assert_eq!(
+        (failed.next, failed.effects),
+        (State::Checkpointed, vec![Effect::Refuse])
+    );
+    let again = step(failed.next, Facts::default(), Event::Need).expect("is taken");
+    assert_eq!(again.effects, [Effect::Restore]);
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_with_a_reason_of_its_own() {
+    let sleep = Event::Sleep(Depth::Checkpointed);
+    let refusals = [
+        (State::Created, sleep, Refusal::NotStarted),
+        (State::Running, Event::Start, Refusal::AlreadyStarted),
+        (State::Running, Event::Resume, Refusal::NotPaused),
+        (
+            State::Checkpointed,
+            sleep,
+            Refusal::AlreadyAsleep(Depth::Checkpointed),
+        ),
+        (
+            State::Frozen { by: FrozenBy::Sleep },
+            Event::Sleep(Depth::Frozen),
+            Refusal::AlreadyAsleep(Depth::Frozen),
+        ),
+        (DUMPING, sleep, Refusal::FallingAsleep),
+        (RESTORING, Event::Wake, Refusal::Waking),
+        (PAUSED, sleep, Refusal::Paused),
+        (PAUSED, Event::Wake, Refusal::Paused),
+        (State::Stopped, sleep, Refusal::Ended),
+        (State::Stopped, Event::Need, Refusal::Ended),
+    ];
+    for (state, event, refusal) in refusals {
+        assert_eq!(
+            step(state, Facts::default(), event),
+            Err(refusal),
+            "{event:?} in {state:?}"
+        );
+    }
+}

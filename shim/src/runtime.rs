@@ -1,0 +1,216 @@
+//! What the actor of a container needs from below: an OCI runtime, a checkpoint engine, a cgroup and stdio.
+//!
+//! The one real implementation is [`crate::runc`]; unit tests drive the Task API through one that records its calls.
+
+use std::{
+    path::PathBuf,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use containerd_shim::protos::{api::Mount, protobuf::well_known_types::any::Any};
+use oci_spec::runtime::LinuxResources;
+
+use crate::lifecycle::Depth;
+
+/// Where containerd wants a process's standard streams: paths of FIFOs, URIs of loggers, or empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stdio {
+    /// Standard input.
+    pub stdin: String,
+    /// Standard output; everything, with a terminal.
+    pub stdout: String,
+    /// Standard error; unused with a terminal.
+    pub stderr: String,
+    /// Whether the process has a terminal.
+    pub terminal: bool,
+}
+
+/// A container to be made.
+#[derive(Debug, Clone, Default)]
+pub struct CreateConfig {
+    /// containerd's id of it.
+    pub id: String,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Directory with `config.json`.
+    pub bundle: PathBuf,
+    /// What to mount on the bundle's `rootfs`.
+    pub rootfs: Vec<Mount>,
+    /// The init process's streams.
+    pub stdio: Stdio,
+    /// Start from this image of `runc checkpoint` rather than from the beginning.
+    pub checkpoint: Option<PathBuf>,
+    /// The runtime's options as containerd passed them.
+    pub options: Option<Any>,
+}
+
+/// A process to be executed in a container.
+#[derive(Debug, Clone)]
+pub struct ExecConfig {
+    /// Its id, unique within the container.
+    pub exec_id: String,
+    /// The OCI process specification, JSON.
+    pub spec: Vec<u8>,
+    /// Its streams.
+    pub stdio: Stdio,
+}
+
+/// How and when a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProcessExit {
+    /// The exit code; 128 + the signal's number after a signal.
+    pub code: u32,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// Completes when a process has ended.
+pub type ExitFuture = Pin<Box<dyn Future<Output = ProcessExit> + Send>>;
+
+/// A process that has been made.
+pub struct Process {
+    /// Its id in the shim's PID namespace.
+    pub pid: u32,
+    /// Its end.
+    pub exit: ExitFuture,
+}
+
+/// Tells a dump under way that something needs the agent awake.
+#[derive(Debug, Clone, Default)]
+pub struct Veto(Arc<AtomicBool>);
+
+impl Veto {
+    /// Asks for the dump to be given up.
+    pub fn raise(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether that was asked for.
+    pub fn is_raised(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// A dump that has succeeded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DumpReport {
+    /// From the freeze until the processes were gone.
+    pub stopped: Duration,
+    /// Size of the image on disk, in bytes.
+    pub image_bytes: u64,
+    /// The image's directory.
+    pub image_dir: PathBuf,
+    /// "direct", or "runc" for the fallback.
+    pub engine: &'static str,
+}
+
+/// A restore that has succeeded.
+pub struct Restored {
+    /// The new init process.
+    pub process: Process,
+    /// "direct", or "runc" for the fallback.
+    pub engine: &'static str,
+}
+
+/// What a client wants of a checkpoint (`ctr task checkpoint`).
+#[derive(Debug, Clone, Default)]
+pub struct CheckpointConfig {
+    /// Directory for the image.
+    pub image_path: PathBuf,
+    /// Directory for CRIU's logs; the image's own when not set.
+    pub work_path: Option<PathBuf>,
+    /// End the container afterwards.
+    pub exit: bool,
+    /// Allow established TCP connections.
+    pub open_tcp: bool,
+    /// Allow unix sockets to outside.
+    pub external_unix_sockets: bool,
+    /// The container has a terminal.
+    pub terminal: bool,
+    /// Allow file locks.
+    pub file_locks: bool,
+}
+
+/// Why a runtime could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The request itself is wrong.
+    #[error("{0}")]
+    InvalidArgument(String),
+    /// The container or the node is not in a state for this.
+    #[error("{0}")]
+    FailedPrecondition(String),
+    /// What the request names does not exist.
+    #[error("{0}")]
+    NotFound(String),
+    /// Disk, memory or descriptors do not suffice.
+    #[error("{0}")]
+    ResourceExhausted(String),
+    /// The dump was given up because something needs the agent awake. The agent runs.
+    #[error("given up, because something needs the agent awake")]
+    Vetoed,
+    /// Anything else: what failed, on what, and why.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A container below the actor. Methods take `&self`: the actor orders calls, queries come at any time.
+#[async_trait]
+pub trait Runtime: Send + Sync {
+    /// Starts the container's program. With [`CreateConfig::checkpoint`] it is restored instead, and this is its
+    /// new init process.
+    async fn start(&self) -> Result<Option<Process>, RuntimeError>;
+    /// Starts a process in the running container.
+    async fn exec(&self, config: &ExecConfig) -> Result<Process, RuntimeError>;
+    /// Sends `signal` to the init process, to the exec `exec_id`, or with `all` to every process of the container.
+    fn signal(&self, exec_id: Option<&str>, signal: u32, all: bool) -> Result<(), RuntimeError>;
+    /// Sets a terminal's size, now or when there is one again.
+    fn resize(&self, exec_id: Option<&str>, width: u16, height: u16) -> Result<(), RuntimeError>;
+    /// Ends a process's standard input.
+    fn close_stdin(&self, exec_id: Option<&str>) -> Result<(), RuntimeError>;
+    /// Changes limits; with `asleep` through the cgroup alone, and again by the OCI runtime after the wake.
+    async fn update(&self, resources: &LinuxResources, asleep: bool) -> Result<(), RuntimeError>;
+    /// Freezes all processes; on error none is frozen.
+    async fn freeze(&self) -> Result<(), RuntimeError>;
+    /// Thaws all processes.
+    async fn thaw(&self) -> Result<(), RuntimeError>;
+    /// Dumps the container and ends its processes. On any error it runs on.
+    async fn dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError>;
+    /// Restores it from its newest image. On any error the image is as before and no process is left.
+    async fn restore(&self) -> Result<Restored, RuntimeError>;
+    /// Makes an image for a client while the container runs, or from its image with `asleep`.
+    async fn checkpoint(&self, config: &CheckpointConfig, asleep: bool) -> Result<(), RuntimeError>;
+    /// Removes the images that hold what now lives in processes, or has ended.
+    fn drop_image(&self);
+    /// Kills what is left of the container's processes after its init ended (without a PID namespace of its own).
+    fn kill_rest(&self);
+    /// Removes an exec that has ended, when its output has been passed on.
+    async fn delete_exec(&self, exec_id: &str) -> Result<(), RuntimeError>;
+    /// Removes the container that has ended, when its output has been passed on: OCI runtime's state, mounts, images.
+    async fn delete(&self) -> Result<(), RuntimeError>;
+    /// Completes when bytes for the standard input of a sleeping container have come.
+    async fn input(&self);
+    /// The ids of all processes; the last known ones while asleep. Never empty.
+    fn pids(&self) -> Vec<u32>;
+    /// `io.containerd.cgroups.v2.Metrics`.
+    fn stats(&self) -> Result<Any, RuntimeError>;
+    /// Memory held now in bytes, and how it was measured.
+    fn memory(&self) -> (u64, &'static str);
+    /// The deepest depth that it can be asked for.
+    fn deepest(&self) -> Depth {
+        Depth::Checkpointed
+    }
+}
+
+/// Makes containers.
+#[async_trait]
+pub trait RuntimeFactory: Send + Sync {
+    /// Makes a container and its init process, which does not run yet. On error nothing is left behind.
+    async fn create(&self, config: &CreateConfig) -> Result<(Arc<dyn Runtime>, Process), RuntimeError>;
+}
