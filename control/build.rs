@@ -28,6 +28,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .collect();
         fs::write(&path, text)?;
     }
+    // The generator lists the messages only.
+    let mut modules = fs::read_to_string(out.join("mod.rs"))?;
+    modules.push_str("pub mod control_ttrpc;\n");
+    fs::write(out.join("mod.rs"), modules)?;
     println!("cargo:rerun-if-changed=proto/control.proto");
     Ok(())
 }

@@ -1,1 +1,3 @@
-//! The node agent.
+//! The node's tools: the command line `agentcube`.
+
+pub mod cli;

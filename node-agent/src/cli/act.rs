@@ -1,0 +1,139 @@
+//! Does what was asked, on the shims.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use agentcube_control::{
+    self as control, Client, ClientError, Depth, Timeouts,
+    find::{FindError, Found, Survey},
+};
+use tokio::task::JoinHandle;
+
+use super::view::{Answer, Container, Outcome, Problem, Result as Done, Transition};
+
+/// What to do to a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Put it to sleep.
+    Sleep(Depth),
+    /// Wake it.
+    Wake,
+    /// Ask for its status.
+    Inspect,
+}
+
+impl Action {
+    /// As in "cannot put agent to sleep".
+    pub fn on(self, id: &str) -> String {
+        match self {
+            Action::Sleep(_) => format!("put {id} to sleep"),
+            Action::Wake => format!("wake {id}"),
+            Action::Inspect => format!("inspect {id}"),
+        }
+    }
+}
+
+/// An action on one container that is under way, or could not begin.
+pub struct Work {
+    requested: String,
+    started: Result<(String, JoinHandle<Result<Done, ClientError>>), FindError>,
+}
+
+/// Starts an action on every container that these ids mean; on each container once, though it may be named twice.
+pub fn start(survey: &Survey, ids: &[String], action: Action, timeouts: Timeouts) -> Vec<Work> {
+    let mut seen = BTreeSet::new();
+    let mut works = Vec::new();
+    for requested in ids {
+        let started = match survey.select(requested) {
+            Ok(found) if !seen.insert((&found.container.namespace, &found.container.id)) => continue,
+            Ok(found) => {
+                let shim = survey
+                    .containers
+                    .iter()
+                    .filter(|other| other.endpoint == found.endpoint);
+                let memory = memory_of(shim.map(|found| &found.container));
+                let task = tokio::spawn(perform(found.clone(), action, timeouts, memory));
+                Ok((found.container.id.clone(), task))
+            }
+            Err(error) => Err(error),
+        };
+        works.push(Work {
+            requested: requested.clone(),
+            started,
+        });
+    }
+    works
+}
+
+impl Work {
+    /// Waits until it is done.
+    pub async fn outcome(self) -> Outcome {
+        let (id, answer) = match self.started {
+            Ok((id, task)) => match task.await {
+                Ok(Ok(done)) => (Some(id), Answer::Ok(done)),
+                Ok(Err(error)) => (Some(id), Answer::Error(Problem::from(&error))),
+                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+            },
+            Err(error) => (None, Answer::Error(Problem::from(&error))),
+        };
+        Outcome {
+            requested: self.requested,
+            id,
+            answer,
+        }
+    }
+}
+
+/// Memory held, by container.
+type Memory = BTreeMap<String, u64>;
+
+fn memory_of<'a>(containers: impl Iterator<Item = &'a control::Container>) -> Memory {
+    containers
+        .map(|container| (container.id.clone(), container.memory_bytes))
+        .collect()
+}
+
+async fn perform(
+    found: Found,
+    action: Action,
+    timeouts: Timeouts,
+    before: Memory,
+) -> Result<Done, ClientError> {
+    let client = Client::connect_path(&found.endpoint.path, timeouts).await?;
+    let id = &found.container.id;
+    match action {
+        Action::Inspect => {
+            let container = client.status(id).await?;
+            let socket = found.endpoint.path.display().to_string();
+            Ok(Done::Container(Box::new(Container::new(&container, socket))))
+        }
+        Action::Sleep(depth) => {
+            let transitions = client.sleep(id, depth).await?;
+            Ok(Done::Slept(with_memory(&transitions, &before, &client).await))
+        }
+        Action::Wake => {
+            let transitions = client.wake(id).await?;
+            Ok(Done::Woke(with_memory(&transitions, &before, &client).await))
+        }
+    }
+}
+
+/// The transitions, with the memory held before and after each. It has happened, so a shim that does not tell
+/// the memory afterwards is no error.
+async fn with_memory(
+    transitions: &[control::Transition],
+    before: &Memory,
+    client: &Client,
+) -> Vec<Transition> {
+    let after = match client.list().await {
+        Ok(containers) => memory_of(containers.iter()),
+        Err(_) => Memory::new(),
+    };
+    transitions
+        .iter()
+        .map(|transition| Transition {
+            memory_before_bytes: before.get(&transition.id).copied(),
+            memory_after_bytes: after.get(&transition.id).copied(),
+            ..Transition::from(transition)
+        })
+        .collect()
+}
