@@ -29,10 +29,7 @@ pub struct Timeouts {
 
 impl Default for Timeouts {
     fn default() -> Timeouts {
-        Timeouts {
-            query: Duration::from_secs(2),
-            transition: Duration::from_mins(2),
-        }
+        Timeouts { query: Duration::from_secs(2), transition: Duration::from_mins(2) }
     }
 }
 
@@ -150,10 +147,7 @@ impl Client {
         // Not ttrpc's own connect: that blocks the thread while the queue of a hanging shim is full.
         let stream = UnixStream::connect(socket)
             .await
-            .map_err(|source| ClientError::Unavailable {
-                socket: socket.to_owned(),
-                source,
-            })?;
+            .map_err(|source| ClientError::Unavailable { socket: socket.to_owned(), source })?;
         Ok(Client {
             inner: ControlClient::new(ttrpc::r#async::Client::new(Socket::from(stream))),
             socket: socket.to_owned(),
@@ -172,11 +166,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`], all but `InvalidAddress` and `Unavailable`.
     pub async fn sleep(&self, id: &str, depth: Depth) -> Result<Vec<Transition>, ClientError> {
-        let request = SleepRequest {
-            id: id.to_owned(),
-            depth: depth.into(),
-            ..SleepRequest::default()
-        };
+        let request = SleepRequest { id: id.to_owned(), depth: depth.into(), ..SleepRequest::default() };
         let call = self.inner.sleep(Context::default(), &request);
         let response = self.call("Sleep", id, self.timeouts.transition, call).await?;
         Ok(response.transitions)
@@ -187,10 +177,7 @@ impl Client {
     /// # Errors
     /// As [`Client::sleep`].
     pub async fn wake(&self, id: &str) -> Result<Vec<Transition>, ClientError> {
-        let request = WakeRequest {
-            id: id.to_owned(),
-            ..WakeRequest::default()
-        };
+        let request = WakeRequest { id: id.to_owned(), ..WakeRequest::default() };
         let call = self.inner.wake(Context::default(), &request);
         let response = self.call("Wake", id, self.timeouts.transition, call).await?;
         Ok(response.transitions)
@@ -201,22 +188,16 @@ impl Client {
     /// # Errors
     /// As [`Client::sleep`].
     pub async fn status(&self, id: &str) -> Result<Container, ClientError> {
-        let request = StatusRequest {
-            id: id.to_owned(),
-            ..StatusRequest::default()
-        };
+        let request = StatusRequest { id: id.to_owned(), ..StatusRequest::default() };
         let call = self.inner.status(Context::default(), &request);
         let response = self.call("Status", id, self.timeouts.query, call).await?;
-        response
-            .container
-            .into_option()
-            .ok_or_else(|| ClientError::Failed {
-                id: id.to_owned(),
-                failure: Failure::new(
-                    Kind::Internal,
-                    format!("the shim on {} sent an empty status", self.socket.display()),
-                ),
-            })
+        response.container.into_option().ok_or_else(|| ClientError::Failed {
+            id: id.to_owned(),
+            failure: Failure::new(
+                Kind::Internal,
+                format!("the shim on {} sent an empty status", self.socket.display()),
+            ),
+        })
     }
 
     /// Lists the shim's containers.
@@ -240,16 +221,10 @@ impl Client {
         match timeout(after, future).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(ttrpc::Error::RpcStatus(status))) => Err(refusal(id, Failure::from_status(&status))),
-            Ok(Err(other)) => Err(ClientError::Lost {
-                call,
-                socket: self.socket.clone(),
-                reason: other.to_string(),
-            }),
-            Err(_) => Err(ClientError::Timeout {
-                call,
-                socket: self.socket.clone(),
-                after,
-            }),
+            Ok(Err(other)) => {
+                Err(ClientError::Lost { call, socket: self.socket.clone(), reason: other.to_string() })
+            }
+            Err(_) => Err(ClientError::Timeout { call, socket: self.socket.clone(), after }),
         }
     }
 }
@@ -258,10 +233,7 @@ fn refusal(id: &str, failure: Failure) -> ClientError {
     let id = id.to_owned();
     match failure.kind {
         Kind::NotFound if !id.is_empty() => ClientError::NotFound { id },
-        Kind::FailedPrecondition => ClientError::FailedPrecondition {
-            id,
-            reason: failure.message,
-        },
+        Kind::FailedPrecondition => ClientError::FailedPrecondition { id, reason: failure.message },
         _ => ClientError::Failed { id, failure },
     }
 }

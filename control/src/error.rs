@@ -64,10 +64,7 @@ impl Kind {
 
     /// The kind that a status code stands for; codes without a kind of their own are [`Kind::Internal`].
     pub fn from_code(code: Code) -> Kind {
-        Kind::ALL
-            .into_iter()
-            .find(|kind| kind.code() == code)
-            .unwrap_or(Kind::Internal)
+        Kind::ALL.into_iter().find(|kind| kind.code() == code).unwrap_or(Kind::Internal)
     }
 
     /// A stable name for machines: `not-found`, `failed-precondition`, …
@@ -106,18 +103,12 @@ pub struct Failure {
 impl Failure {
     /// A failure of `kind` with a message for people.
     pub fn new(kind: Kind, message: impl Into<String>) -> Failure {
-        Failure {
-            kind,
-            message: message.into(),
-        }
+        Failure { kind, message: message.into() }
     }
 
     /// The usual answer to an id that the shim does not have.
     pub fn not_found(id: &str) -> Failure {
-        Failure::new(
-            Kind::NotFound,
-            format!("no container or sandbox {id:?} in this shim"),
-        )
+        Failure::new(Kind::NotFound, format!("no container or sandbox {id:?} in this shim"))
     }
 
     /// Reads a status off the wire.

@@ -109,19 +109,15 @@ pub async fn survey(root: &Path, namespace: Option<&str>, timeouts: Timeouts) ->
     while let Some(answer) = asked.join_next().await {
         match answer {
             Ok((endpoint, Ok(containers))) => {
-                let found = containers.into_iter().map(|container| Found {
-                    endpoint: endpoint.clone(),
-                    container,
-                });
+                let found =
+                    containers.into_iter().map(|container| Found { endpoint: endpoint.clone(), container });
                 survey.containers.extend(found);
             }
             Ok((endpoint, Err(error))) => survey.unreachable.push(Unreachable { endpoint, error }),
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         }
     }
-    survey
-        .containers
-        .sort_by(|a, b| order(&a.container).cmp(&order(&b.container)));
+    survey.containers.sort_by(|a, b| order(&a.container).cmp(&order(&b.container)));
     survey.unreachable.sort_by(|a, b| a.endpoint.cmp(&b.endpoint));
     Ok(survey)
 }
@@ -132,17 +128,8 @@ async fn list(endpoint: &Endpoint, timeouts: Timeouts) -> Result<Vec<Container>,
 
 /// A pod's containers stand together, its pause container first.
 fn order(container: &Container) -> (&str, &str, bool, &str) {
-    let sandbox = if container.sandbox_id.is_empty() {
-        &container.id
-    } else {
-        &container.sandbox_id
-    };
-    (
-        &container.namespace,
-        sandbox,
-        !container.is_sandbox,
-        &container.id,
-    )
+    let sandbox = if container.sandbox_id.is_empty() { &container.id } else { &container.sandbox_id };
+    (&container.namespace, sandbox, !container.is_sandbox, &container.id)
 }
 
 impl Survey {
@@ -153,25 +140,14 @@ impl Survey {
     /// [`FindError`].
     pub fn select(&self, prefix: &str) -> Result<&Found, FindError> {
         let exact: Vec<&Found> = self.matching(|id| id == prefix);
-        let matches = if exact.is_empty() {
-            self.matching(|id| id.starts_with(prefix))
-        } else {
-            exact
-        };
+        let matches = if exact.is_empty() { self.matching(|id| id.starts_with(prefix)) } else { exact };
         match matches[..] {
             [] => Err(self.missing(prefix)),
             [one] => Ok(one),
-            [first, ..]
-                if matches
-                    .iter()
-                    .all(|found| found.container.id == first.container.id) =>
-            {
+            [first, ..] if matches.iter().all(|found| found.container.id == first.container.id) => {
                 Err(FindError::SeveralNamespaces {
                     id: first.container.id.clone(),
-                    namespaces: matches
-                        .iter()
-                        .map(|found| found.container.namespace.clone())
-                        .collect(),
+                    namespaces: matches.iter().map(|found| found.container.namespace.clone()).collect(),
                 })
             }
             _ => Err(FindError::Ambiguous {
@@ -188,22 +164,13 @@ impl Survey {
     fn missing(&self, prefix: &str) -> FindError {
         let silent = |shim: &&Unreachable| !prefix.is_empty() && shim.endpoint.name.starts_with(prefix);
         match self.unreachable.iter().find(silent) {
-            Some(shim) => FindError::Unreachable {
-                id: prefix.to_owned(),
-                reason: shim.error.to_string(),
-            },
-            None => FindError::NotFound {
-                id: prefix.to_owned(),
-                unreachable: self.unreachable.len(),
-            },
+            Some(shim) => FindError::Unreachable { id: prefix.to_owned(), reason: shim.error.to_string() },
+            None => FindError::NotFound { id: prefix.to_owned(), unreachable: self.unreachable.len() },
         }
     }
 
     fn matching(&self, accept: impl Fn(&str) -> bool) -> Vec<&Found> {
-        self.containers
-            .iter()
-            .filter(|found| accept(&found.container.id))
-            .collect()
+        self.containers.iter().filter(|found| accept(&found.container.id)).collect()
     }
 }
 

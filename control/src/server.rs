@@ -53,9 +53,7 @@ use crate::proto::control_ttrpc::{Control, create_control};
 pub async fn serve(listener: UnixListener, control: Arc<dyn Control + Send + Sync>) -> ttrpc::Result<Server> {
     let listener = Listener::try_from(listener)
         .map_err(|e| ttrpc::Error::Others(format!("cannot serve on the control socket: {e}")))?;
-    let mut server = Server::new()
-        .add_listener(listener)
-        .register_service(create_control(control));
+    let mut server = Server::new().add_listener(listener).register_service(create_control(control));
     server.start().await?;
     Ok(server)
 }

@@ -87,11 +87,7 @@ fn hint(error: &io::Error) -> &'static str {
 
 impl SocketError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(Errno) -> SocketError {
-        move |errno| SocketError::Io {
-            action,
-            path: path.to_owned(),
-            source: errno.into(),
-        }
+        move |errno| SocketError::Io { action, path: path.to_owned(), source: errno.into() }
     }
 }
 
@@ -101,11 +97,7 @@ impl SocketError {
 /// [`SocketError::InvalidName`].
 pub fn namespace_dir(root: &Path, namespace: &str) -> Result<PathBuf, SocketError> {
     check_identifier("namespace", namespace)?;
-    if namespace.len() <= MAX_NAMESPACE {
-        Ok(root.join(namespace))
-    } else {
-        Ok(root.join(digest(namespace)))
-    }
+    if namespace.len() <= MAX_NAMESPACE { Ok(root.join(namespace)) } else { Ok(root.join(digest(namespace))) }
 }
 
 /// The path of the socket of a sandbox, or of a container without one. The same arguments always give the
@@ -121,11 +113,7 @@ pub fn path(root: &Path, namespace: &str, id: &str) -> Result<PathBuf, SocketErr
         return Ok(plain);
     }
     let hashed = dir.join(format!("{}{SUFFIX}", digest(id)));
-    if hashed.as_os_str().len() <= MAX_PATH {
-        Ok(hashed)
-    } else {
-        Err(SocketError::TooLong(hashed))
-    }
+    if hashed.as_os_str().len() <= MAX_PATH { Ok(hashed) } else { Err(SocketError::TooLong(hashed)) }
 }
 
 /// containerd's rule for namespaces and ids. It excludes '/', '..' and a leading '_', so a name can neither
@@ -135,14 +123,7 @@ fn check_identifier(what: &'static str, value: &str) -> Result<(), SocketError> 
         && value
             .split(['.', '_', '-'])
             .all(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric()));
-    if valid {
-        Ok(())
-    } else {
-        Err(SocketError::InvalidName {
-            what,
-            value: value.to_owned(),
-        })
-    }
+    if valid { Ok(()) } else { Err(SocketError::InvalidName { what, value: value.to_owned() }) }
 }
 
 /// 33 bytes that stand for a longer name.
@@ -175,13 +156,8 @@ pub fn listen(root: &Path, namespace: &str, id: &str) -> Result<UnixListener, So
     remove_stale(&dir_fd, &path)?;
 
     let address = SocketAddrUnix::new(&path).map_err(SocketError::io("name", &path))?;
-    let socket = net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(SocketError::io("make a socket for", &path))?;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .map_err(SocketError::io("make a socket for", &path))?;
     // Linux makes the socket's file with the mode of the descriptor, so it never has another one.
     fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(SocketError::io("set the mode of", &path))?;
     net::bind(&socket, &address).map_err(SocketError::io("bind", &path))?;
@@ -203,10 +179,7 @@ pub fn remove(root: &Path, namespace: &str, id: &str) -> Result<(), SocketError>
 
 /// Opens a directory that only we can use, making it when it is missing. Its parent must exist.
 fn private_dir(path: &Path) -> Result<OwnedFd, SocketError> {
-    let untrusted = |problem| SocketError::Untrusted {
-        path: path.to_owned(),
-        problem,
-    };
+    let untrusted = |problem| SocketError::Untrusted { path: path.to_owned(), problem };
     match fs::mkdir(path, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => (),
         Err(errno) => return Err(SocketError::io("make the directory", path)(errno)),
@@ -241,10 +214,7 @@ fn remove_stale(dir: impl AsFd, path: &Path) -> Result<(), SocketError> {
         Err(errno) => return Err(SocketError::io("look at", path)(errno)),
     };
     if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
-        return Err(SocketError::Untrusted {
-            path: path.to_owned(),
-            problem: "is in the way and no socket",
-        });
+        return Err(SocketError::Untrusted { path: path.to_owned(), problem: "is in the way and no socket" });
     }
     match knock(path) {
         // Refused: the file is there, but nobody listens.
@@ -297,11 +267,7 @@ pub fn discover(root: &Path, namespace: Option<&str>) -> Result<Vec<Endpoint>, S
         let namespace = name_of(&dir);
         for path in entries(&dir, FileType::Socket)? {
             if let Some(name) = name_of(&path).strip_suffix(SUFFIX) {
-                found.push(Endpoint {
-                    namespace: namespace.clone(),
-                    name: name.to_owned(),
-                    path,
-                });
+                found.push(Endpoint { namespace: namespace.clone(), name: name.to_owned(), path });
             }
         }
     }
@@ -310,19 +276,12 @@ pub fn discover(root: &Path, namespace: Option<&str>) -> Result<Vec<Endpoint>, S
 }
 
 fn name_of(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// The entries of one type in a directory; none when there is no directory. Links are not followed.
 fn entries(dir: &Path, wanted: FileType) -> Result<Vec<PathBuf>, SocketError> {
-    let error = |source| SocketError::Io {
-        action: "read the directory",
-        path: dir.to_owned(),
-        source,
-    };
+    let error = |source| SocketError::Io { action: "read the directory", path: dir.to_owned(), source };
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -34,9 +34,8 @@ impl Shim {
         if !containers.iter().any(|container| container.id == id) {
             return Err(Failure::not_found(id).into());
         }
-        let meant = containers
-            .iter_mut()
-            .filter(|container| container.id == id || container.sandbox_id == id);
+        let meant =
+            containers.iter_mut().filter(|container| container.id == id || container.sandbox_id == id);
         Ok(meant.filter_map(&mut change).collect())
     }
 }
@@ -50,10 +49,7 @@ impl Control for Shim {
                 "stubborn uses io_uring (process 42), which cannot be checkpointed: use --depth frozen";
             return Err(Failure::new(Kind::FailedPrecondition, reason).into());
         }
-        self.depths
-            .lock()
-            .unwrap()
-            .push(request.depth.enum_value().unwrap());
+        self.depths.lock().unwrap().push(request.depth.enum_value().unwrap());
         let transitions = self.change(&request.id, |container| {
             container.state = State::STATE_ASLEEP.into();
             container.depth = Depth::DEPTH_CHECKPOINTED.into();
@@ -69,10 +65,7 @@ impl Control for Shim {
                 ..Transition::default()
             })
         })?;
-        Ok(SleepResponse {
-            transitions,
-            ..SleepResponse::default()
-        })
+        Ok(SleepResponse { transitions, ..SleepResponse::default() })
     }
 
     async fn wake(&self, _: &TtrpcContext, request: WakeRequest) -> ttrpc::Result<WakeResponse> {
@@ -87,27 +80,18 @@ impl Control for Shim {
                 ..Transition::default()
             })
         })?;
-        Ok(WakeResponse {
-            transitions,
-            ..WakeResponse::default()
-        })
+        Ok(WakeResponse { transitions, ..WakeResponse::default() })
     }
 
     async fn status(&self, _: &TtrpcContext, request: StatusRequest) -> ttrpc::Result<StatusResponse> {
         let containers = self.containers.lock().unwrap();
         let container = containers.iter().find(|container| container.id == request.id);
         let container = container.ok_or_else(|| Failure::not_found(&request.id))?.clone();
-        Ok(StatusResponse {
-            container: Some(container).into(),
-            ..StatusResponse::default()
-        })
+        Ok(StatusResponse { container: Some(container).into(), ..StatusResponse::default() })
     }
 
     async fn list(&self, _: &TtrpcContext, _: ListRequest) -> ttrpc::Result<ListResponse> {
-        Ok(ListResponse {
-            containers: self.containers.lock().unwrap().clone(),
-            ..ListResponse::default()
-        })
+        Ok(ListResponse { containers: self.containers.lock().unwrap().clone(), ..ListResponse::default() })
     }
 }
 
@@ -137,10 +121,7 @@ impl Node {
     fn new() -> Node {
         Node {
             root: tempfile::tempdir().unwrap(),
-            runtime: tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .unwrap(),
+            runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
             servers: Vec::new(),
             depths: Arc::default(),
         }
@@ -152,16 +133,8 @@ impl Node {
 
     fn slow_shim(mut self, containers: Vec<Container>, takes: Duration) -> Node {
         let listener = socket::listen(self.root.path(), &containers[0].namespace, &containers[0].id).unwrap();
-        let shim = Shim {
-            containers: Mutex::new(containers),
-            depths: Arc::clone(&self.depths),
-            takes,
-        };
-        self.servers.push(
-            self.runtime
-                .block_on(server::serve(listener, Arc::new(shim)))
-                .unwrap(),
-        );
+        let shim = Shim { containers: Mutex::new(containers), depths: Arc::clone(&self.depths), takes };
+        self.servers.push(self.runtime.block_on(server::serve(listener, Arc::new(shim))).unwrap());
         self
     }
 
@@ -214,31 +187,18 @@ fn run(root: &Path, args: &[&str]) -> Ran {
 #[test]
 fn ps_lists_all_shims_and_one_namespace_when_told() {
     let node = Node::new()
-        .shim(vec![
-            container("k8s.io", "pod", "pod"),
-            container("k8s.io", "pod", "agent"),
-        ])
+        .shim(vec![container("k8s.io", "pod", "pod"), container("k8s.io", "pod", "agent")])
         .shim(vec![container("default", "", "solo")]);
     let ran = node.run(&["ps"]);
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
-    let ids: Vec<_> = ran
-        .out
-        .lines()
-        .map(|line| line.split_whitespace().next().unwrap())
-        .collect();
+    let ids: Vec<_> = ran.out.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
     assert_eq!(ids, ["CONTAINER", "solo", "pod", "agent"]);
 
     let json = node.run(&["ps", "-n", "default", "--json"]).json();
     assert_eq!(json["containers"].as_array().unwrap().len(), 1);
     let solo = &json["containers"][0];
-    assert_eq!(
-        (&solo["id"], &solo["state"], &solo["pid"]),
-        (&"solo".into(), &"running".into(), &42.into())
-    );
-    assert_eq!(
-        (&solo["depth"], &solo["sandbox_id"]),
-        (&serde_json::Value::Null, &serde_json::Value::Null)
-    );
+    assert_eq!((&solo["id"], &solo["state"], &solo["pid"]), (&"solo".into(), &"running".into(), &42.into()));
+    assert_eq!((&solo["depth"], &solo["sandbox_id"]), (&serde_json::Value::Null, &serde_json::Value::Null));
     assert_eq!(json["unreachable"], serde_json::json!([]));
 }
 
@@ -249,11 +209,7 @@ fn ps_shows_dead_and_hanging_shims_and_neither_fails_nor_hangs() {
     let _hanging = socket::listen(node.root.path(), "default", "hanging").unwrap();
     let start = Instant::now();
     let ran = node.run(&["ps"]);
-    assert!(
-        start.elapsed() < Duration::from_secs(6),
-        "took {:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < Duration::from_secs(6), "took {:?}", start.elapsed());
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
     let lines: Vec<&str> = ran.out.lines().collect();
     assert_eq!(lines.len(), 4, "{}", ran.out);
@@ -266,11 +222,7 @@ fn ps_shows_dead_and_hanging_shims_and_neither_fails_nor_hangs() {
     assert!(lines[3].starts_with("hanging") && lines[3].contains("Unreachable"));
 
     let json = node.run(&["ps", "--json"]).json();
-    let kinds = json["unreachable"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|shim| shim["error"]["kind"].clone());
+    let kinds = json["unreachable"].as_array().unwrap().iter().map(|shim| shim["error"]["kind"].clone());
     assert_eq!(kinds.collect::<Vec<_>>(), ["unavailable", "timeout"]);
 }
 
@@ -293,15 +245,9 @@ fn sleep_and_wake_tell_what_happened() {
          image 250.0 MiB\n"
     );
     let woke = node.run(&["wake", "agent"]);
-    assert_eq!(
-        woke.out,
-        "agent: awake after 30.5 ms (was checkpointed); holds 256.0 MiB now\n"
-    );
+    assert_eq!(woke.out, "agent: awake after 30.5 ms (was checkpointed); holds 256.0 MiB now\n");
     let again = node.run(&["wake", "agent"]);
-    assert_eq!(
-        (again.code, again.out.as_str()),
-        (0, "agent: was awake already\n")
-    );
+    assert_eq!((again.code, again.out.as_str()), (0, "agent: was awake already\n"));
 }
 
 #[test]
@@ -317,21 +263,13 @@ fn the_depth_reaches_the_shim() {
     }
     assert_eq!(
         *node.depths.lock().unwrap(),
-        [
-            Depth::DEPTH_UNSPECIFIED,
-            Depth::DEPTH_FROZEN,
-            Depth::DEPTH_RECLAIMED,
-            Depth::DEPTH_CHECKPOINTED
-        ]
+        [Depth::DEPTH_UNSPECIFIED, Depth::DEPTH_FROZEN, Depth::DEPTH_RECLAIMED, Depth::DEPTH_CHECKPOINTED]
     );
 }
 
 #[test]
 fn a_sandbox_sleeps_as_one() {
-    let node = Node::new().shim(vec![
-        container("k8s.io", "pod", "pod"),
-        container("k8s.io", "pod", "agent"),
-    ]);
+    let node = Node::new().shim(vec![container("k8s.io", "pod", "pod"), container("k8s.io", "pod", "agent")]);
     let json = node.run(&["sleep", "pod", "--json"]).json();
     let slept = json["results"][0]["ok"]["slept"].as_array().unwrap();
     assert_eq!(slept.len(), 2);
@@ -343,18 +281,14 @@ fn a_sandbox_sleeps_as_one() {
 #[test]
 fn several_containers_sleep_at_the_same_time_and_each_once() {
     let takes = Duration::from_millis(1500);
-    let node = ["a", "b", "c", "d"].into_iter().fold(Node::new(), |node, id| {
-        node.slow_shim(vec![container("default", "", id)], takes)
-    });
+    let node = ["a", "b", "c", "d"]
+        .into_iter()
+        .fold(Node::new(), |node, id| node.slow_shim(vec![container("default", "", id)], takes));
     let start = Instant::now();
     let ran = node.run(&["sleep", "d", "c", "b", "a", "d"]);
     assert!(start.elapsed() < 2 * takes, "took {:?}", start.elapsed());
     assert_eq!(ran.code, 0, "{}", ran.err);
-    let order: Vec<_> = ran
-        .out
-        .lines()
-        .map(|line| line.split(':').next().unwrap())
-        .collect();
+    let order: Vec<_> = ran.out.lines().map(|line| line.split(':').next().unwrap()).collect();
     assert_eq!(order, ["d", "c", "b", "a"], "in the order of the command line");
     assert_eq!(node.depths.lock().unwrap().len(), 4);
 }
@@ -389,17 +323,12 @@ fn ids_that_mean_nothing_or_too_much_are_told_apart() {
     let both = node.run(&["wake", "abc"]);
     assert_eq!(both.code, 1);
     assert!(
-        both.err
-            .contains("exists in the namespaces default, k8s.io: choose one with -n"),
+        both.err.contains("exists in the namespaces default, k8s.io: choose one with -n"),
         "{}",
         both.err
     );
     let start = node.run(&["wake", "ab", "-n", "default"]);
-    assert!(
-        start.err.contains("default/abc, default/abd; give more of it"),
-        "{}",
-        start.err
-    );
+    assert!(start.err.contains("default/abc, default/abd; give more of it"), "{}", start.err);
     assert_eq!(node.run(&["wake", "abc", "-n", "k8s.io"]).code, 0);
 }
 
@@ -409,12 +338,7 @@ fn a_sleep_on_a_dead_shim_says_so() {
     drop(socket::listen(node.root.path(), "default", "dead").unwrap());
     let ran = node.run(&["sleep", "dead"]);
     assert_eq!(ran.code, 1);
-    assert!(
-        ran.err
-            .starts_with("agentcube: cannot put dead to sleep: no shim listens on /"),
-        "{}",
-        ran.err
-    );
+    assert!(ran.err.starts_with("agentcube: cannot put dead to sleep: no shim listens on /"), "{}", ran.err);
 }
 
 #[test]
@@ -424,11 +348,7 @@ fn patience_ends_when_told() {
     let ran = node.run(&["sleep", "agent", "--timeout", "1"]);
     assert!(start.elapsed() < Duration::from_secs(10));
     assert_eq!(ran.code, 1);
-    assert!(
-        ran.err.contains("did not answer Sleep within 1.0 s"),
-        "{}",
-        ran.err
-    );
+    assert!(ran.err.contains("did not answer Sleep within 1.0 s"), "{}", ran.err);
 }
 
 #[test]
@@ -437,8 +357,7 @@ fn inspect_tells_all() {
     let ran = node.run(&["inspect", "agent"]);
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
     assert!(
-        ran.out
-            .starts_with("Container:   agent\nNamespace:   default\nState:       Running"),
+        ran.out.starts_with("Container:   agent\nNamespace:   default\nState:       Running"),
         "{}",
         ran.out
     );
@@ -472,11 +391,5 @@ fn a_reader_that_leaves_is_no_error() {
         drop(child.stdout.take());
         child.wait_with_output().unwrap()
     });
-    assert_eq!(
-        (
-            output.status.code(),
-            String::from_utf8(output.stderr).unwrap().as_str()
-        ),
-        (Some(0), "")
-    );
+    assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap().as_str()), (Some(0), ""));
 }

@@ -46,6 +46,9 @@ pub enum TaskError {
     /// The request is malformed.
     #[error("{0}")]
     Invalid(String),
+    /// This shim does not offer it.
+    #[error("{0}")]
+    Unsupported(String),
     /// The runtime failed.
     #[error("container {id}: {what}: {source}")]
     Runtime {
@@ -72,6 +75,7 @@ impl TaskError {
             Self::ContainerExists(_) | Self::ExecExists { .. } => Code::ALREADY_EXISTS,
             Self::StillRuns(_) | Self::Dependency(_) | Self::Refused { .. } => Code::FAILED_PRECONDITION,
             Self::Invalid(_) => Code::INVALID_ARGUMENT,
+            Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Runtime { source, .. } => match source {
                 RuntimeError::InvalidArgument(_) => Code::INVALID_ARGUMENT,
                 RuntimeError::FailedPrecondition(_) => Code::FAILED_PRECONDITION,

@@ -44,9 +44,7 @@ pub async fn forward(
     mut events: mpsc::UnboundedReceiver<TopicAndEvent>,
 ) {
     while let Some((topic, event)) = events.recv().await {
-        if let Err(error) = publisher
-            .publish(with_duration(PUBLISH_TIMEOUT), &topic, &namespace, event)
-            .await
+        if let Err(error) = publisher.publish(with_duration(PUBLISH_TIMEOUT), &topic, &namespace, event).await
         {
             warn!(%topic, %error, "cannot publish an event to containerd");
         }

@@ -1,6 +1,8 @@
 //! The containerd shim `io.containerd.agentcube.v1`.
 
+pub mod bundle;
 pub mod container;
+pub mod control;
 pub mod error;
 pub mod events;
 pub mod lifecycle;

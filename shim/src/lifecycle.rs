@@ -200,14 +200,8 @@ impl Facts {
     /// Whether a dump would lose or disturb something.
     fn allow_dump(self) -> Result<(), Refusal> {
         match self {
-            Facts {
-                checkpoints: 0,
-                live_execs: 0,
-            } => Ok(()),
-            Facts {
-                checkpoints: 0,
-                live_execs,
-            } => Err(Refusal::ExecsAlive(live_execs)),
+            Facts { checkpoints: 0, live_execs: 0 } => Ok(()),
+            Facts { checkpoints: 0, live_execs } => Err(Refusal::ExecsAlive(live_execs)),
             _ => Err(Refusal::BeingCheckpointed),
         }
     }
@@ -223,17 +217,10 @@ pub struct Step {
 }
 
 fn to(next: State, effects: &[Effect]) -> Result<Step, Refusal> {
-    Ok(Step {
-        next,
-        effects: effects.to_vec(),
-    })
+    Ok(Step { next, effects: effects.to_vec() })
 }
 
-const DUMPING: State = State::Dumping {
-    woken: false,
-    killed: false,
-    exited: false,
-};
+const DUMPING: State = State::Dumping { woken: false, killed: false, exited: false };
 const RESTORING: State = State::Restoring { killed: false };
 const ASLEEP_FROZEN: State = State::Frozen { by: FrozenBy::Sleep };
 const PAUSED: State = State::Frozen { by: FrozenBy::Client };
@@ -248,11 +235,7 @@ pub fn step(state: State, facts: Facts, event: Event) -> Result<Step, Refusal> {
         State::Starting { exited } => starting(exited, event),
         State::Running => running(facts, event),
         State::Frozen { by } => frozen(by, facts, event),
-        State::Dumping {
-            woken,
-            killed,
-            exited,
-        } => dumping(woken, killed, exited, event),
+        State::Dumping { woken, killed, exited } => dumping(woken, killed, exited, event),
         State::Checkpointed => checkpointed(event),
         State::Restoring { killed } => restoring(killed, event),
         State::Stopped => stopped(event),
@@ -311,10 +294,7 @@ fn frozen(by: FrozenBy, facts: Facts, event: Event) -> Result<Step, Refusal> {
         (_, Event::FreezeFailed) => to(State::Running, &[Effect::Thaw, Effect::Release]),
         // A frozen process dies of SIGKILL as any other; the cgroup must not stay frozen behind it.
         (_, Event::Kill) => to(here, &[Effect::Kill]),
-        (_, Event::Exited) => to(
-            State::Stopped,
-            &[Effect::Thaw, Effect::ReportExit, Effect::Refuse],
-        ),
+        (_, Event::Exited) => to(State::Stopped, &[Effect::Thaw, Effect::ReportExit, Effect::Refuse]),
         (FrozenBy::Client, Event::Resume) | (FrozenBy::Sleep, Event::Resume | Event::Wake | Event::Need) => {
             to(State::Running, &[Effect::Thaw, Effect::Release])
         }
@@ -331,16 +311,8 @@ fn frozen(by: FrozenBy, facts: Facts, event: Event) -> Result<Step, Refusal> {
 }
 
 fn dumping(woken: bool, killed: bool, exited: bool, event: Event) -> Result<Step, Refusal> {
-    let stay = |woken, killed, exited, effects: &[Effect]| {
-        to(
-            State::Dumping {
-                woken,
-                killed,
-                exited,
-            },
-            effects,
-        )
-    };
+    let stay =
+        |woken, killed, exited, effects: &[Effect]| to(State::Dumping { woken, killed, exited }, effects);
     match event {
         Event::Start => Err(Refusal::AlreadyStarted),
         Event::Sleep(_) => Err(Refusal::FallingAsleep),
@@ -351,10 +323,7 @@ fn dumping(woken: bool, killed: bool, exited: bool, event: Event) -> Result<Step
         Event::Kill => stay(woken, true, exited, &[Effect::CancelDump, Effect::Kill]),
         Event::Exited => stay(woken, killed, true, &[]),
         Event::DumpDone(DumpOutcome::Complete) => match (killed, exited) {
-            (true, true) => to(
-                State::Stopped,
-                &[Effect::DropImage, Effect::ReportExit, Effect::Refuse],
-            ),
+            (true, true) => to(State::Stopped, &[Effect::DropImage, Effect::ReportExit, Effect::Refuse]),
             // The processes are gone; their exit is on its way and is the one to report.
             (true, false) => to(State::Running, &[Effect::DropImage, Effect::Release]),
             (false, _) if woken => to(RESTORING, &[Effect::Restore]),
@@ -394,15 +363,13 @@ fn restoring(killed: bool, event: Event) -> Result<Step, Refusal> {
         Event::Sleep(_) | Event::Pause | Event::Wake => Err(Refusal::Waking),
         Event::Need | Event::Resume => to(here, &[]),
         Event::Kill => to(State::Restoring { killed: true }, &[Effect::Kill]),
-        Event::RestoreDone { ok: true } if killed => to(
-            State::Running,
-            &[Effect::DropImage, Effect::Kill, Effect::Release],
-        ),
+        Event::RestoreDone { ok: true } if killed => {
+            to(State::Running, &[Effect::DropImage, Effect::Kill, Effect::Release])
+        }
         Event::RestoreDone { ok: true } => to(State::Running, &[Effect::DropImage, Effect::Release]),
-        Event::RestoreDone { ok: false } if killed => to(
-            State::Stopped,
-            &[Effect::ReportKilledAsleep, Effect::DropImage, Effect::Refuse],
-        ),
+        Event::RestoreDone { ok: false } if killed => {
+            to(State::Stopped, &[Effect::ReportKilledAsleep, Effect::DropImage, Effect::Refuse])
+        }
         Event::RestoreDone { ok: false } => to(State::Checkpointed, &[Effect::Refuse]),
         Event::Exited | Event::FreezeFailed | Event::StartDone { .. } | Event::DumpDone(_) => to(here, &[]),
     }

@@ -51,10 +51,7 @@ fn moves() -> impl Strategy<Value = Move> {
 
 impl World {
     fn new() -> Self {
-        Self {
-            processes: true,
-            ..Self::default()
-        }
+        Self { processes: true, ..Self::default() }
     }
 
     /// Carries out one effect and checks that it makes sense.
@@ -85,10 +82,7 @@ impl World {
             Effect::Kill => self.kill_pending = true,
             Effect::DropImage => {
                 let ended = next == State::Stopped || self.kill_pending || self.dumps_own_exit;
-                assert!(
-                    self.processes || ended,
-                    "the image is dropped, and nothing else holds the state"
-                );
+                assert!(self.processes || ended, "the image is dropped, and nothing else holds the state");
                 self.image = false;
             }
             Effect::Release | Effect::Refuse => self.waiting = 0,
@@ -183,13 +177,7 @@ impl Model {
     }
 
     fn check(&self) {
-        let World {
-            processes,
-            frozen,
-            image,
-            reports,
-            ..
-        } = self.world;
+        let World { processes, frozen, image, reports, .. } = self.world;
         assert!(reports <= 1, "the exit was reported {reports} times");
         match self.state {
             State::Checkpointed => assert!(image && !processes, "asleep without an image: {:?}", self.world),
@@ -206,15 +194,9 @@ impl Model {
             _ => {}
         }
         // An exit that came during a start or a dump is reported when that has ended.
-        let held = matches!(
-            self.state,
-            State::Starting { exited: true } | State::Dumping { exited: true, .. }
-        );
-        assert!(
-            processes || image || held || reports == 1,
-            "the state is lost: {:?}",
-            self.world
-        );
+        let held =
+            matches!(self.state, State::Starting { exited: true } | State::Dumping { exited: true, .. });
+        assert!(processes || image || held || reports == 1, "the state is lost: {:?}", self.world);
     }
 }
 
@@ -251,50 +233,28 @@ proptest! {
 
 #[test]
 fn a_wake_during_a_dump_cancels_it_once() {
-    let dumping = step(
-        State::Running,
-        Facts::default(),
-        Event::Sleep(Depth::Checkpointed),
-    )
-    .expect("sleeps");
+    let dumping = step(State::Running, Facts::default(), Event::Sleep(Depth::Checkpointed)).expect("sleeps");
     let woken = step(dumping.next, Facts::default(), Event::Need).expect("is taken");
     assert_eq!(woken.effects, [Effect::CancelDump]);
     let again = step(woken.next, Facts::default(), Event::Need).expect("is taken");
     assert_eq!(again.effects, []);
-    let abandoned = step(
-        again.next,
-        Facts::default(),
-        Event::DumpDone(DumpOutcome::Abandoned),
-    )
-    .expect("ends");
-    assert_eq!(
-        (abandoned.next, abandoned.effects),
-        (State::Running, vec![Effect::Release])
-    );
+    let abandoned =
+        step(again.next, Facts::default(), Event::DumpDone(DumpOutcome::Abandoned)).expect("ends");
+    assert_eq!((abandoned.next, abandoned.effects), (State::Running, vec![Effect::Release]));
 }
 
 #[test]
 fn a_wake_that_comes_too_late_for_a_dump_restores() {
-    let state = State::Dumping {
-        woken: true,
-        killed: false,
-        exited: false,
-    };
+    let state = State::Dumping { woken: true, killed: false, exited: false };
     let step = step(state, Facts::default(), Event::DumpDone(DumpOutcome::Complete)).expect("ends");
-    assert_eq!(
-        (step.next, step.effects),
-        (State::Restoring { killed: false }, vec![Effect::Restore])
-    );
+    assert_eq!((step.next, step.effects), (State::Restoring { killed: false }, vec![Effect::Restore]));
 }
 
 #[test]
 fn a_failed_restore_keeps_the_image_and_can_be_tried_again() {
     let state = State::Restoring { killed: false };
     let failed = step(state, Facts::default(), Event::RestoreDone { ok: false }).expect("ends");
-    assert_eq!(
-        (failed.next, failed.effects),
-        (State::Checkpointed, vec![Effect::Refuse])
-    );
+    assert_eq!((failed.next, failed.effects), (State::Checkpointed, vec![Effect::Refuse]));
     let again = step(failed.next, Facts::default(), Event::Need).expect("is taken");
     assert_eq!(again.effects, [Effect::Restore]);
 }
@@ -306,11 +266,7 @@ fn what_makes_no_sense_is_refused_with_a_reason_of_its_own() {
         (State::Created, sleep, Refusal::NotStarted),
         (State::Running, Event::Start, Refusal::AlreadyStarted),
         (State::Running, Event::Resume, Refusal::NotPaused),
-        (
-            State::Checkpointed,
-            sleep,
-            Refusal::AlreadyAsleep(Depth::Checkpointed),
-        ),
+        (State::Checkpointed, sleep, Refusal::AlreadyAsleep(Depth::Checkpointed)),
         (
             State::Frozen { by: FrozenBy::Sleep },
             Event::Sleep(Depth::Frozen),
@@ -324,10 +280,6 @@ fn what_makes_no_sense_is_refused_with_a_reason_of_its_own() {
         (State::Stopped, Event::Need, Refusal::Ended),
     ];
     for (state, event, refusal) in refusals {
-        assert_eq!(
-            step(state, Facts::default(), event),
-            Err(refusal),
-            "{event:?} in {state:?}"
-        );
+        assert_eq!(step(state, Facts::default(), event), Err(refusal), "{event:?} in {state:?}");
     }
 }

@@ -26,6 +26,7 @@ use oci_spec::runtime::LinuxResources;
 use tracing::{debug, info};
 
 use crate::{
+    bundle::{self, Identity},
     container::{Birth, Handle, ProcessView},
     error::TaskError,
     events::{EventSink, timestamp},
@@ -47,10 +48,25 @@ impl Containers {
     /// # Errors
     /// [`TaskError::NoContainer`].
     pub fn get(&self, id: &str) -> Result<Handle, TaskError> {
-        self.lock()
-            .get(id)
-            .cloned()
-            .ok_or_else(|| TaskError::NoContainer(id.to_owned()))
+        self.lock().get(id).cloned().ok_or_else(|| TaskError::NoContainer(id.to_owned()))
+    }
+
+    /// Adds a container; it goes by itself when it has been deleted.
+    fn insert(&self, handle: Handle) {
+        self.lock().insert(handle.id().to_owned(), handle.clone());
+        let containers = self.clone();
+        tokio::spawn(async move {
+            handle.closed().await;
+            containers.remove(&handle);
+        });
+    }
+
+    /// Removes `handle`, but not another container of the same id that came after it.
+    fn remove(&self, handle: &Handle) {
+        let mut map = self.lock();
+        if map.get(handle.id()).is_some_and(|current| current.same_as(handle)) {
+            map.remove(handle.id());
+        }
     }
 
     /// All containers, ordered by id.
@@ -62,6 +78,7 @@ impl Containers {
 }
 
 /// The Task service of one shim.
+#[derive(Clone)]
 pub struct TaskService {
     namespace: String,
     containers: Containers,
@@ -79,16 +96,10 @@ impl TaskService {
         events: EventSink,
         exit: Arc<ExitSignal>,
     ) -> Self {
-        Self {
-            namespace: namespace.to_owned(),
-            containers,
-            factory,
-            events,
-            exit,
-        }
+        Self { namespace: namespace.to_owned(), containers, factory, events, exit }
     }
 
-    async fn create_container(&self, request: CreateTaskRequest) -> Result<u32, TaskError> {
+    async fn create_container(self, request: CreateTaskRequest) -> Result<u32, TaskError> {
         let id = request.id.clone();
         if self.containers.get(&id).is_ok() {
             return Err(TaskError::ContainerExists(id));
@@ -108,15 +119,11 @@ impl TaskService {
             checkpoint: (!request.checkpoint.is_empty()).then(|| PathBuf::from(&request.checkpoint)),
             options: request.options.into_option(),
         };
-        let (runtime, init) = self
-            .factory
-            .create(&config)
-            .await
-            .map_err(|source| TaskError::Runtime {
-                id: id.clone(),
-                what: "cannot be created",
-                source,
-            })?;
+        let (runtime, init) = self.factory.create(&config).await.map_err(|source| TaskError::Runtime {
+            id: id.clone(),
+            what: "cannot be created",
+            source,
+        })?;
         let pid = init.pid;
         self.events.publish(TaskCreate {
             container_id: id.clone(),
@@ -133,15 +140,9 @@ impl TaskService {
             pid,
             ..Default::default()
         });
-        let birth = Birth {
-            id: id.clone(),
-            bundle: config.bundle,
-            stdio,
-            runtime,
-            init,
-        };
-        let handle = Handle::spawn(birth, self.events.clone());
-        self.containers.lock().insert(id, handle);
+        let identity = bundle::read_spec(&config.bundle).map(|spec| Identity::of(&spec)).unwrap_or_default();
+        let birth = Birth { id, bundle: config.bundle, identity, stdio, runtime, init };
+        self.containers.insert(Handle::spawn(birth, self.events.clone()));
         Ok(pid)
     }
 
@@ -149,10 +150,7 @@ impl TaskService {
         let handle = self.containers.get(id)?;
         let snapshot = handle.snapshot();
         let exec = exec(exec_id);
-        let no_exec = || TaskError::NoExec {
-            id: id.to_owned(),
-            exec_id: exec_id.to_owned(),
-        };
+        let no_exec = || TaskError::NoExec { id: id.to_owned(), exec_id: exec_id.to_owned() };
         let process = snapshot.process(exec).ok_or_else(no_exec)?;
         let status = snapshot.status(exec).ok_or_else(no_exec)?;
         Ok(StateResponse {
@@ -197,10 +195,7 @@ fn cells(what: &str, value: u32) -> Result<u16, TaskError> {
 }
 
 fn checkpoint_config(request: &CheckpointTaskRequest) -> Result<CheckpointConfig, TaskError> {
-    let mut config = CheckpointConfig {
-        image_path: PathBuf::from(&request.path),
-        ..Default::default()
-    };
+    let mut config = CheckpointConfig { image_path: PathBuf::from(&request.path), ..Default::default() };
     if let Some(any) = request.options.as_ref() {
         let options = CheckpointOptions::parse_from_bytes(&any.value).map_err(|error| {
             TaskError::Invalid(format!("checkpoint options of type {}: {error}", any.type_url))
@@ -216,9 +211,7 @@ fn checkpoint_config(request: &CheckpointTaskRequest) -> Result<CheckpointConfig
         config.file_locks = options.file_locks;
     }
     if config.image_path.as_os_str().is_empty() {
-        return Err(TaskError::Invalid(
-            "a checkpoint needs a path for its image".to_owned(),
-        ));
+        return Err(TaskError::Invalid("a checkpoint needs a path for its image".to_owned()));
     }
     Ok(config)
 }
@@ -231,33 +224,27 @@ impl Task for TaskService {
 
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> TtrpcResult<CreateTaskResponse> {
         info!(id = %request.id, bundle = %request.bundle, "create");
-        let pid = self.create_container(request).await?;
-        Ok(CreateTaskResponse {
-            pid,
-            ..Default::default()
-        })
+        // It is finished even when the client goes away: half a container would belong to nobody.
+        let creation = tokio::spawn(self.clone().create_container(request));
+        let pid = creation.await.map_err(|error| TaskError::Dependency(error.to_string()))??;
+        Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> TtrpcResult<StartResponse> {
         debug!(id = %request.id, exec = %request.exec_id, "start");
-        let pid = self
-            .containers
-            .get(&request.id)?
-            .start(owned_exec(&request.exec_id))
-            .await?;
-        Ok(StartResponse {
-            pid,
-            ..Default::default()
-        })
+        let pid = self.containers.get(&request.id)?.start(owned_exec(&request.exec_id)).await?;
+        Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> TtrpcResult<DeleteResponse> {
         info!(id = %request.id, exec = %request.exec_id, "delete");
         let exec_id = owned_exec(&request.exec_id);
         let whole = exec_id.is_none();
-        let view = self.containers.get(&request.id)?.delete(exec_id).await?;
+        let handle = self.containers.get(&request.id)?;
+        let view = handle.delete(exec_id).await?;
         if whole {
-            self.containers.lock().remove(&request.id);
+            // A shutdown may follow at once.
+            self.containers.remove(&handle);
         }
         Ok(deleted(&view))
     }
@@ -269,17 +256,8 @@ impl Task for TaskService {
             // containerd takes a task without pids for a leak and deletes it.
             pids.push(handle.snapshot().init.pid);
         }
-        let processes = pids
-            .into_iter()
-            .map(|pid| ProcessInfo {
-                pid,
-                ..Default::default()
-            })
-            .collect();
-        Ok(PidsResponse {
-            processes,
-            ..Default::default()
-        })
+        let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
+        Ok(PidsResponse { processes, ..Default::default() })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> TtrpcResult<Empty> {
@@ -302,9 +280,7 @@ impl Task for TaskService {
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> TtrpcResult<Empty> {
         info!(id = %request.id, exec = %request.exec_id, signal = request.signal, all = request.all, "kill");
         let handle = self.containers.get(&request.id)?;
-        handle
-            .kill(owned_exec(&request.exec_id), request.signal, request.all)
-            .await?;
+        handle.kill(owned_exec(&request.exec_id), request.signal, request.all).await?;
         Ok(Empty::new())
     }
 
@@ -316,11 +292,7 @@ impl Task for TaskService {
         let handle = self.containers.get(&request.id)?;
         let config = ExecConfig {
             exec_id: request.exec_id,
-            spec: request
-                .spec
-                .into_option()
-                .map(|any| any.value)
-                .unwrap_or_default(),
+            spec: request.spec.into_option().map(|any| any.value).unwrap_or_default(),
             stdio: Stdio {
                 stdin: request.stdin,
                 stdout: request.stdout,
@@ -334,10 +306,7 @@ impl Task for TaskService {
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> TtrpcResult<Empty> {
         let (width, height) = (cells("width", request.width)?, cells("height", request.height)?);
-        self.containers
-            .get(&request.id)?
-            .resize(owned_exec(&request.exec_id), width, height)
-            .await?;
+        self.containers.get(&request.id)?.resize(owned_exec(&request.exec_id), width, height).await?;
         Ok(Empty::new())
     }
 
@@ -361,11 +330,7 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> TtrpcResult<WaitResponse> {
-        let exit = self
-            .containers
-            .get(&request.id)?
-            .wait(exec(&request.exec_id))
-            .await?;
+        let exit = self.containers.get(&request.id)?.wait(exec(&request.exec_id)).await?;
         Ok(WaitResponse {
             exit_status: exit.code,
             exited_at: Some(timestamp(exit.at)).into(),
@@ -380,17 +345,11 @@ impl Task for TaskService {
             what: "its statistics cannot be read",
             source,
         })?;
-        Ok(StatsResponse {
-            stats: MessageField::some(stats),
-            ..Default::default()
-        })
+        Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> TtrpcResult<ConnectResponse> {
-        let task_pid = self
-            .containers
-            .get(&request.id)
-            .map_or(0, |handle| handle.snapshot().init.pid);
+        let task_pid = self.containers.get(&request.id).map_or(0, |handle| handle.snapshot().init.pid);
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,

@@ -66,10 +66,7 @@ impl Control for Shim {
             total_us: 41_000,
             ..Transition::default()
         };
-        Ok(SleepResponse {
-            transitions: vec![transition],
-            ..SleepResponse::default()
-        })
+        Ok(SleepResponse { transitions: vec![transition], ..SleepResponse::default() })
     }
 
     async fn wake(&self, _: &TtrpcContext, _: WakeRequest) -> ttrpc::Result<WakeResponse> {
@@ -80,17 +77,11 @@ impl Control for Shim {
         if request.id == "empty" {
             return Ok(StatusResponse::default());
         }
-        Ok(StatusResponse {
-            container: Some(agent()).into(),
-            ..StatusResponse::default()
-        })
+        Ok(StatusResponse { container: Some(agent()).into(), ..StatusResponse::default() })
     }
 
     async fn list(&self, _: &TtrpcContext, _: ListRequest) -> ttrpc::Result<ListResponse> {
-        Ok(ListResponse {
-            containers: vec![agent()],
-            ..ListResponse::default()
-        })
+        Ok(ListResponse { containers: vec![agent()], ..ListResponse::default() })
     }
 }
 
@@ -108,15 +99,8 @@ async fn node() -> Node {
     let control: Arc<dyn Control + Send + Sync> = shim.clone();
     let server = server::serve(listener, control).await.unwrap();
     let path = socket::path(tmp.path(), "default", "agent").unwrap();
-    let client = Client::connect(&format!("unix://{}", path.display()))
-        .await
-        .unwrap();
-    Node {
-        shim,
-        server,
-        client,
-        _tmp: tmp,
-    }
+    let client = Client::connect(&format!("unix://{}", path.display())).await.unwrap();
+    Node { shim, server, client, _tmp: tmp }
 }
 
 #[tokio::test]
@@ -126,10 +110,7 @@ async fn calls_bring_what_the_shim_answers() {
     let transitions = node.client.sleep("agent", Depth::DEPTH_RECLAIMED).await.unwrap();
     assert_eq!(transitions.len(), 1);
     assert_eq!(transitions[0].total_us, 41_000);
-    assert_eq!(
-        *node.shim.asked_depth.lock().unwrap(),
-        Some(Depth::DEPTH_RECLAIMED)
-    );
+    assert_eq!(*node.shim.asked_depth.lock().unwrap(), Some(Depth::DEPTH_RECLAIMED));
     assert_eq!(node.client.wake("agent").await.unwrap(), []);
     assert_eq!(node.client.status("agent").await.unwrap(), agent());
     assert_eq!(node.client.list().await.unwrap(), [agent()]);
@@ -145,10 +126,7 @@ async fn refusals_are_typed_and_carry_the_shim_s_words() {
         ClientError::FailedPrecondition { id, reason } if id == "stopped" && reason == "it has stopped"
     ));
     let full = sleep("full").await;
-    assert_eq!(
-        (full.name(), full.to_string().as_str()),
-        ("resource-exhausted", "the disk is full")
-    );
+    assert_eq!((full.name(), full.to_string().as_str()), ("resource-exhausted", "the disk is full"));
 }
 
 #[tokio::test]
@@ -173,16 +151,11 @@ async fn status_and_list_answer_while_a_sleep_is_in_progress() {
 #[tokio::test]
 async fn a_sleep_that_takes_too_long_is_a_timeout() {
     let node = node().await;
-    let client = node.client.with_timeouts(Timeouts {
-        transition: Duration::from_millis(50),
-        ..Timeouts::default()
-    });
+    let client =
+        node.client.with_timeouts(Timeouts { transition: Duration::from_millis(50), ..Timeouts::default() });
     let error = client.sleep("agent", Depth::DEPTH_UNSPECIFIED).await.unwrap_err();
     assert_eq!(error.name(), "timeout");
-    assert!(
-        error.to_string().contains("did not answer Sleep within 0.1 s"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("did not answer Sleep within 0.1 s"), "{error}");
     client.status("agent").await.unwrap();
 }
 
@@ -196,22 +169,14 @@ async fn a_shim_that_goes_away_during_a_call_is_lost() {
     };
     let (sleep, ()) = tokio::join!(sleep, stop);
     let error = sleep.unwrap_err();
-    assert!(
-        matches!(error, ClientError::Lost { call: "Sleep", .. }),
-        "{error}"
-    );
+    assert!(matches!(error, ClientError::Lost { call: "Sleep", .. }), "{error}");
 }
 
 #[tokio::test]
 async fn the_server_drops_the_handler_of_a_client_that_left() {
     let node = node().await;
     let dropped = Arc::clone(&node.shim.handler_dropped);
-    let Node {
-        shim,
-        client,
-        server: _server,
-        ..
-    } = node;
+    let Node { shim, client, server: _server, .. } = node;
     let sleep = tokio::spawn(async move { client.sleep("agent", Depth::DEPTH_UNSPECIFIED).await });
     while shim.asked_depth.lock().unwrap().is_none() {
         tokio::task::yield_now().await;
@@ -219,10 +184,7 @@ async fn the_server_drops_the_handler_of_a_client_that_left() {
     sleep.abort();
     let deadline = Instant::now() + Duration::from_secs(5);
     while !dropped.load(Ordering::SeqCst) {
-        assert!(
-            Instant::now() < deadline,
-            "the handler lives on: rustdoc of server::serve is wrong"
-        );
+        assert!(Instant::now() < deadline, "the handler lives on: rustdoc of server::serve is wrong");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -233,10 +195,7 @@ async fn a_socket_without_a_shim_is_unavailable() {
     drop(socket::listen(tmp.path(), "default", "gone").unwrap());
     let path = socket::path(tmp.path(), "default", "gone").unwrap();
     for path in [path, tmp.path().join("never")] {
-        let error = Client::connect_path(&path, Timeouts::default())
-            .await
-            .err()
-            .unwrap();
+        let error = Client::connect_path(&path, Timeouts::default()).await.err().unwrap();
         assert!(matches!(error, ClientError::Unavailable { .. }), "{error}");
         assert!(error.to_string().starts_with("no shim listens on /"), "{error}");
     }
@@ -247,10 +206,7 @@ async fn a_shim_that_accepts_nothing_costs_a_timeout_and_a_full_queue_costs_noth
     let tmp = tempfile::tempdir().unwrap();
     let path = tmp.path().join("hanging.sock");
     let _listener = UnixListener::bind(&path).unwrap();
-    let timeouts = Timeouts {
-        query: Duration::from_millis(100),
-        ..Timeouts::default()
-    };
+    let timeouts = Timeouts { query: Duration::from_millis(100), ..Timeouts::default() };
     let client = Client::connect_path(&path, timeouts).await.unwrap();
     assert_eq!(client.list().await.unwrap_err().name(), "timeout");
 
@@ -267,13 +223,7 @@ async fn a_shim_that_accepts_nothing_costs_a_timeout_and_a_full_queue_costs_noth
 
 #[tokio::test]
 async fn only_path_sockets_are_connected_to() {
-    for bad in [
-        "/run/a.sock",
-        "unix://@abstract",
-        "unix://relative",
-        "tcp://127.0.0.1:80",
-        "",
-    ] {
+    for bad in ["/run/a.sock", "unix://@abstract", "unix://relative", "tcp://127.0.0.1:80", ""] {
         let error = Client::connect(bad).await.err().unwrap();
         assert!(matches!(error, ClientError::InvalidAddress(_)), "{bad}");
     }

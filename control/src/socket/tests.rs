@@ -19,10 +19,7 @@ fn mode(path: &Path) -> u32 {
 #[test]
 fn a_socket_is_named_after_its_namespace_and_id() {
     let root = Path::new(DEFAULT_ROOT);
-    assert_eq!(
-        path(root, "k8s.io", ID).unwrap(),
-        root.join(format!("k8s.io/{ID}.sock"))
-    );
+    assert_eq!(path(root, "k8s.io", ID).unwrap(), root.join(format!("k8s.io/{ID}.sock")));
     assert_eq!(path(root, "default", "a").unwrap(), root.join("default/a.sock"));
 }
 
@@ -44,10 +41,7 @@ fn long_names_give_different_paths_that_no_identifier_can_equal() {
     let two = path(root, "k8s.io", &format!("{}2", "x".repeat(70))).unwrap();
     assert_ne!(one, two);
     assert!(one.file_name().unwrap().to_str().unwrap().starts_with('_'));
-    assert!(matches!(
-        path(root, "k8s.io", "_x"),
-        Err(SocketError::InvalidName { .. })
-    ));
+    assert!(matches!(path(root, "k8s.io", "_x"), Err(SocketError::InvalidName { .. })));
 }
 
 #[test]
@@ -60,25 +54,11 @@ fn a_root_that_leaves_no_room_is_an_error() {
 #[test]
 fn names_that_could_leave_the_directory_are_refused() {
     let long = "x".repeat(MAX_IDENTIFIER + 1);
-    for bad in [
-        "", ".", "..", "../x", "a/b", "/a", "a..b", "-a", "a-", "a b", "a\0b", "ä", &long,
-    ] {
+    for bad in ["", ".", "..", "../x", "a/b", "/a", "a..b", "-a", "a-", "a b", "a\0b", "ä", &long] {
         let error = path(Path::new("/r"), "default", bad).unwrap_err();
-        assert!(
-            matches!(error, SocketError::InvalidName { what: "id", .. }),
-            "{bad:?}"
-        );
+        assert!(matches!(error, SocketError::InvalidName { what: "id", .. }), "{bad:?}");
         let error = path(Path::new("/r"), bad, "a").unwrap_err();
-        assert!(
-            matches!(
-                error,
-                SocketError::InvalidName {
-                    what: "namespace",
-                    ..
-                }
-            ),
-            "{bad:?}"
-        );
+        assert!(matches!(error, SocketError::InvalidName { what: "namespace", .. }), "{bad:?}");
     }
 }
 
@@ -88,10 +68,7 @@ fn directories_and_socket_are_private_and_the_socket_answers() {
     let root = tmp.path().join("agentcube");
     let listener = listen(&root, "k8s.io", ID).unwrap();
     let path = path(&root, "k8s.io", ID).unwrap();
-    assert_eq!(
-        (mode(&root), mode(&root.join("k8s.io")), mode(&path)),
-        (0o700, 0o700, 0o600)
-    );
+    assert_eq!((mode(&root), mode(&root.join("k8s.io")), mode(&path)), (0o700, 0o700, 0o600));
     UnixStream::connect(&path).unwrap();
     listener.accept().unwrap();
 }
@@ -138,18 +115,12 @@ fn a_link_in_the_chain_is_refused() {
     std::fs::create_dir(&elsewhere).unwrap();
     let root = tmp.path().join("agentcube");
     symlink(&elsewhere, &root).unwrap();
-    assert!(matches!(
-        listen(&root, "default", "a"),
-        Err(SocketError::Untrusted { .. })
-    ));
+    assert!(matches!(listen(&root, "default", "a"), Err(SocketError::Untrusted { .. })));
     std::fs::remove_file(&root).unwrap();
 
     std::fs::create_dir(&root).unwrap();
     symlink(&elsewhere, root.join("default")).unwrap();
-    assert!(matches!(
-        listen(&root, "default", "a"),
-        Err(SocketError::Untrusted { .. })
-    ));
+    assert!(matches!(listen(&root, "default", "a"), Err(SocketError::Untrusted { .. })));
     assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
 }
 
@@ -161,20 +132,14 @@ fn a_link_or_a_file_in_the_socket_s_place_is_refused_and_kept() {
     let path = path(&root, "default", "a").unwrap();
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "precious").unwrap();
-    assert!(matches!(
-        listen(&root, "default", "a"),
-        Err(SocketError::Untrusted { .. })
-    ));
+    assert!(matches!(listen(&root, "default", "a"), Err(SocketError::Untrusted { .. })));
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
 
     std::fs::remove_file(&path).unwrap();
     let target = tmp.path().join("other.sock");
     drop(StdListener::bind(&target).unwrap());
     symlink(&target, &path).unwrap();
-    assert!(matches!(
-        listen(&root, "default", "a"),
-        Err(SocketError::Untrusted { .. })
-    ));
+    assert!(matches!(listen(&root, "default", "a"), Err(SocketError::Untrusted { .. })));
     assert!(target.exists());
 }
 
@@ -193,10 +158,7 @@ fn a_stale_socket_is_replaced() {
 fn a_socket_on_which_somebody_listens_is_left_alone() {
     let tmp = tempfile::tempdir().unwrap();
     let first = listen(tmp.path(), "default", "a").unwrap();
-    assert!(matches!(
-        listen(tmp.path(), "default", "a"),
-        Err(SocketError::InUse(_))
-    ));
+    assert!(matches!(listen(tmp.path(), "default", "a"), Err(SocketError::InUse(_))));
     UnixStream::connect(path(tmp.path(), "default", "a").unwrap()).unwrap();
     first.accept().unwrap();
 }
@@ -253,18 +215,12 @@ fn discover_finds_sockets_by_namespace_and_nothing_else() {
 
     let names = |namespace| -> Vec<String> {
         let found = discover(&root, namespace).unwrap();
-        found
-            .iter()
-            .map(|e| format!("{}/{}", e.namespace, e.name))
-            .collect()
+        found.iter().map(|e| format!("{}/{}", e.namespace, e.name)).collect()
     };
     assert_eq!(names(None), ["default/c", "k8s.io/a", "k8s.io/b"]);
     assert_eq!(names(Some("k8s.io")), ["k8s.io/a", "k8s.io/b"]);
     assert_eq!(names(Some("moby")), [] as [&str; 0]);
-    assert!(matches!(
-        discover(&root, Some("../k8s.io")),
-        Err(SocketError::InvalidName { .. })
-    ));
+    assert!(matches!(discover(&root, Some("../k8s.io")), Err(SocketError::InvalidName { .. })));
 }
 
 #[test]

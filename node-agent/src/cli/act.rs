@@ -46,20 +46,14 @@ pub fn start(survey: &Survey, ids: &[String], action: Action, timeouts: Timeouts
         let started = match survey.select(requested) {
             Ok(found) if !seen.insert((&found.container.namespace, &found.container.id)) => continue,
             Ok(found) => {
-                let shim = survey
-                    .containers
-                    .iter()
-                    .filter(|other| other.endpoint == found.endpoint);
+                let shim = survey.containers.iter().filter(|other| other.endpoint == found.endpoint);
                 let memory = memory_of(shim.map(|found| &found.container));
                 let task = tokio::spawn(perform(found.clone(), action, timeouts, memory));
                 Ok((found.container.id.clone(), task))
             }
             Err(error) => Err(error),
         };
-        works.push(Work {
-            requested: requested.clone(),
-            started,
-        });
+        works.push(Work { requested: requested.clone(), started });
     }
     works
 }
@@ -75,11 +69,7 @@ impl Work {
             },
             Err(error) => (None, Answer::Error(Problem::from(&error))),
         };
-        Outcome {
-            requested: self.requested,
-            id,
-            answer,
-        }
+        Outcome { requested: self.requested, id, answer }
     }
 }
 
@@ -87,9 +77,7 @@ impl Work {
 type Memory = BTreeMap<String, u64>;
 
 fn memory_of<'a>(containers: impl Iterator<Item = &'a control::Container>) -> Memory {
-    containers
-        .map(|container| (container.id.clone(), container.memory_bytes))
-        .collect()
+    containers.map(|container| (container.id.clone(), container.memory_bytes)).collect()
 }
 
 async fn perform(

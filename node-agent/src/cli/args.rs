@@ -77,10 +77,7 @@ pub struct Patience {
 impl Patience {
     /// As the client wants it.
     pub fn timeouts(self) -> Timeouts {
-        Timeouts {
-            transition: Duration::from_secs(self.timeout.into()),
-            ..Timeouts::default()
-        }
+        Timeouts { transition: Duration::from_secs(self.timeout.into()), ..Timeouts::default() }
     }
 }
 
@@ -122,28 +119,8 @@ mod tests {
     #[test]
     fn global_options_stand_before_or_after_the_verb() {
         for line in [
-            [
-                "agentcube",
-                "--json",
-                "-n",
-                "k8s.io",
-                "sleep",
-                "a",
-                "b",
-                "--depth",
-                "frozen",
-            ],
-            [
-                "agentcube",
-                "sleep",
-                "a",
-                "b",
-                "--depth",
-                "frozen",
-                "--json",
-                "-n",
-                "k8s.io",
-            ],
+            ["agentcube", "--json", "-n", "k8s.io", "sleep", "a", "b", "--depth", "frozen"],
+            ["agentcube", "sleep", "a", "b", "--depth", "frozen", "--json", "-n", "k8s.io"],
         ] {
             let args = Args::try_parse_from(line).unwrap();
             assert!(args.json);
@@ -151,10 +128,7 @@ mod tests {
             let Command::Sleep { ids, depth, patience } = args.command else {
                 panic!("not a sleep");
             };
-            assert_eq!(
-                (ids, depth),
-                (vec!["a".to_owned(), "b".to_owned()], Some(DepthArg::Frozen))
-            );
+            assert_eq!((ids, depth), (vec!["a".to_owned(), "b".to_owned()], Some(DepthArg::Frozen)));
             assert_eq!(patience.timeouts().transition, Duration::from_mins(2));
         }
     }

@@ -118,11 +118,7 @@ fn text(done: &Done, id: &str) -> String {
 /// An error on one line: what failed, on what, why.
 fn complaint(action: Action, outcome: &Outcome, problem: &Problem) -> String {
     let id = units::printable(outcome.id.as_deref().unwrap_or(&outcome.requested));
-    format!(
-        "cannot {}: {}",
-        action.on(&id),
-        units::printable(&problem.message)
-    )
+    format!("cannot {}: {}", action.on(&id), units::printable(&problem.message))
 }
 
 fn exit_code(problems: &[&str]) -> u8 {

@@ -44,27 +44,13 @@ pub fn ps(listing: &Listing, now_ms: i64) -> String {
             &ago(container.since_unix_ms, now_ms),
             &container.pid.to_string(),
             &container.sleeps.to_string(),
-            &dash(short(
-                &printable(container.last_error.as_deref().unwrap_or_default()),
-                MAX_ERROR,
-            )),
+            &dash(short(&printable(container.last_error.as_deref().unwrap_or_default()), MAX_ERROR)),
         ]));
     }
     for shim in &listing.unreachable {
         let id = cut_id(&shim.name).to_owned();
         let error = short(&printable(&shim.error.message), MAX_ERROR);
-        rows.push(row([
-            &id,
-            "-",
-            &shim.namespace,
-            "Unreachable",
-            "-",
-            "-",
-            "-",
-            "-",
-            "-",
-            &error,
-        ]));
+        rows.push(row([&id, "-", &shim.namespace, "Unreachable", "-", "-", "-", "-", "-", &error]));
     }
     // Names are CRI's: without them the column says nothing.
     if rows[1..].iter().all(|row| row[1] == "-") {
@@ -83,20 +69,12 @@ fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
 fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let widths: Vec<usize> = (0..columns)
-        .map(|column| {
-            rows.iter()
-                .map(|row| row[column].chars().count())
-                .max()
-                .unwrap_or(0)
-        })
+        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
         .collect();
     let mut text = String::new();
     for row in rows {
-        let line: Vec<String> = row
-            .iter()
-            .zip(&widths)
-            .map(|(cell, &width)| format!("{cell:<width$}"))
-            .collect();
+        let line: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
         text.push_str(line.join("  ").trim_end());
         text.push('\n');
     }
@@ -115,11 +93,7 @@ fn short_id<'a>(id: &'a str, all: &BTreeSet<&str>) -> &'a str {
 }
 
 fn cut_id(id: &str) -> &str {
-    if id.len() <= WHOLE_ID {
-        id
-    } else {
-        id.get(..SHORT_ID).unwrap_or(id)
-    }
+    if id.len() <= WHOLE_ID { id } else { id.get(..SHORT_ID).unwrap_or(id) }
 }
 
 /// POD/CONTAINER in Kubernetes, with the pod's namespace in front where it is not `default`.
@@ -178,12 +152,7 @@ pub fn slept(transition: &Transition) -> String {
         micros(transition.stopped_us),
     );
     if let (Some(before), Some(after)) = (transition.memory_before_bytes, transition.memory_after_bytes) {
-        let _ = write!(
-            line,
-            "; gave back {} of {}",
-            bytes(before.saturating_sub(after)),
-            bytes(before)
-        );
+        let _ = write!(line, "; gave back {} of {}", bytes(before.saturating_sub(after)), bytes(before));
     }
     if transition.image_bytes > 0 {
         let _ = write!(line, "; image {}", bytes(transition.image_bytes));
@@ -240,22 +209,11 @@ pub fn inspect(container: &Container, now_ms: i64) -> String {
         ("Runs", label(labels::IMAGE)),
         ("Namespace", Some(printable(&container.namespace))),
         ("Sandbox", sandbox),
-        (
-            "State",
-            Some(format!(
-                "{}, {}",
-                state(container),
-                since(container.since_unix_ms, now_ms)
-            )),
-        ),
+        ("State", Some(format!("{}, {}", state(container), since(container.since_unix_ms, now_ms)))),
         ("PID", Some(pid)),
         (
             "Memory",
-            Some(format!(
-                "{} ({})",
-                bytes(container.memory_bytes),
-                printable(&container.memory_source)
-            )),
+            Some(format!("{} ({})", bytes(container.memory_bytes), printable(&container.memory_source))),
         ),
         ("Image", Some(image)),
         ("Sleeps", Some(container.sleeps.to_string())),
@@ -284,11 +242,8 @@ fn since(then_ms: i64, now_ms: i64) -> String {
 }
 
 fn happened(transition: &Transition, now_ms: i64) -> String {
-    let mut text = format!(
-        "{}, {} in all",
-        transition.depth.unwrap_or("unknown depth"),
-        micros(transition.total_us)
-    );
+    let mut text =
+        format!("{}, {} in all", transition.depth.unwrap_or("unknown depth"), micros(transition.total_us));
     if transition.stopped_us > 0 {
         let _ = write!(text, ", stood still for {}", micros(transition.stopped_us));
     }

@@ -76,46 +76,16 @@ mod tests {
 
     #[test]
     fn bytes_are_shown_in_the_largest_unit_that_fits() {
-        let shown = [
-            0,
-            1023,
-            1024,
-            1_048_524,
-            1_048_525,
-            281_438_290,
-            1 << 30,
-            u64::MAX,
-        ]
-        .map(bytes);
+        let shown = [0, 1023, 1024, 1_048_524, 1_048_525, 281_438_290, 1 << 30, u64::MAX].map(bytes);
         assert_eq!(
             shown,
-            [
-                "0 B",
-                "1023 B",
-                "1.0 KiB",
-                "1023.9 KiB",
-                "1.0 MiB",
-                "268.4 MiB",
-                "1.0 GiB",
-                "16777216.0 TiB"
-            ]
+            ["0 B", "1023 B", "1.0 KiB", "1023.9 KiB", "1.0 MiB", "268.4 MiB", "1.0 GiB", "16777216.0 TiB"]
         );
     }
 
     #[test]
     fn times_are_shown_with_three_digits() {
-        let shown = [
-            0,
-            420,
-            9_994,
-            9_995,
-            41_230,
-            999_949,
-            999_950,
-            1_250_000,
-            120_000_000,
-        ]
-        .map(micros);
+        let shown = [0, 420, 9_994, 9_995, 41_230, 999_949, 999_950, 1_250_000, 120_000_000].map(micros);
         assert_eq!(
             shown,
             [
@@ -132,9 +102,7 @@ mod tests {
             [0, 59, 60, 3599, 3600, 172_799, 172_800, -5].map(|seconds| ago(now - seconds * 1000, now));
         assert_eq!(
             shown,
-            [
-                "0s ago", "59s ago", "1m ago", "59m ago", "1h ago", "47h ago", "2d ago", "0s ago"
-            ]
+            ["0s ago", "59s ago", "1m ago", "59m ago", "1h ago", "47h ago", "2d ago", "0s ago"]
         );
         assert_eq!(ago(0, now), "-");
     }

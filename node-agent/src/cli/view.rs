@@ -252,10 +252,7 @@ impl From<&Survey> for Listing {
 
 impl From<&control::ClientError> for Problem {
     fn from(error: &control::ClientError) -> Problem {
-        Problem {
-            kind: error.name(),
-            message: error.to_string(),
-        }
+        Problem { kind: error.name(), message: error.to_string() }
     }
 }
 
@@ -267,9 +264,6 @@ impl From<&FindError> for Problem {
             FindError::Unreachable { .. } => "unavailable",
             FindError::Ambiguous { .. } | FindError::SeveralNamespaces { .. } => "ambiguous",
         };
-        Problem {
-            kind,
-            message: error.to_string(),
-        }
+        Problem { kind, message: error.to_string() }
     }
 }

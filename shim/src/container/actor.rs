@@ -37,21 +37,10 @@ const FREEZER: &str = "freezer";
 
 /// A request that only an awake agent can serve.
 enum Deferred {
-    StartExec {
-        exec_id: String,
-        reply: Reply<u32>,
-    },
-    Signal {
-        signal: u32,
-        all: bool,
-        reply: Reply<()>,
-    },
-    Resume {
-        reply: Reply<()>,
-    },
-    Wake {
-        reply: Reply<Option<Transition>>,
-    },
+    StartExec { exec_id: String, reply: Reply<u32> },
+    Signal { signal: u32, all: bool, reply: Reply<()> },
+    Resume { reply: Reply<()> },
+    Wake { reply: Reply<Option<Transition>> },
 }
 
 /// An exec that has not been started yet, is being started, or runs; [`ProcessView`] has the rest.
@@ -160,30 +149,14 @@ impl Actor {
     async fn handle(&mut self, message: Message) -> std::ops::ControlFlow<()> {
         match message {
             Message::Start { exec_id: None, reply } => self.start(reply).await,
-            Message::Start {
-                exec_id: Some(exec_id),
-                reply,
-            } => self.start_exec(exec_id, reply).await,
+            Message::Start { exec_id: Some(exec_id), reply } => self.start_exec(exec_id, reply).await,
             Message::AddExec { config, reply } => answer(reply, self.add_exec(config)),
-            Message::Kill {
-                exec_id: Some(exec_id),
-                signal,
-                all,
-                reply,
-            } => {
+            Message::Kill { exec_id: Some(exec_id), signal, all, reply } => {
                 let killed = self.kill_exec(&exec_id, signal, all);
                 answer(reply, killed);
             }
-            Message::Kill {
-                exec_id: None,
-                signal,
-                all,
-                reply,
-            } => self.kill(signal, all, reply).await,
-            Message::Delete {
-                exec_id: Some(exec_id),
-                reply,
-            } => {
+            Message::Kill { exec_id: None, signal, all, reply } => self.kill(signal, all, reply).await,
+            Message::Delete { exec_id: Some(exec_id), reply } => {
                 let deleted = self.delete_exec(&exec_id).await;
                 answer(reply, deleted);
             }
@@ -200,24 +173,13 @@ impl Actor {
                 answer(reply, paused);
             }
             Message::Resume { reply } => self.resume(reply).await,
-            Message::Resize {
-                exec_id,
-                width,
-                height,
-                reply,
-            } => {
+            Message::Resize { exec_id, width, height, reply } => {
                 let resized = self.runtime.resize(exec_id.as_deref(), width, height);
-                answer(
-                    reply,
-                    resized.map_err(|error| self.failed("its terminal cannot be resized", error)),
-                );
+                answer(reply, resized.map_err(|error| self.failed("its terminal cannot be resized", error)));
             }
             Message::CloseStdin { exec_id, reply } => {
                 let closed = self.runtime.close_stdin(exec_id.as_deref());
-                answer(
-                    reply,
-                    closed.map_err(|error| self.failed("its input cannot be closed", error)),
-                );
+                answer(reply, closed.map_err(|error| self.failed("its input cannot be closed", error)));
             }
             Message::Update { resources, reply } => self.update(*resources, reply),
             Message::Checkpoint { config, reply } => self.checkpoint(config, reply),
@@ -247,10 +209,7 @@ impl Actor {
 
     fn facts(&self) -> Facts {
         let live = |exec: &&Exec| matches!(exec, Exec::Starting(_) | Exec::Running);
-        Facts {
-            live_execs: self.execs.values().filter(live).count(),
-            checkpoints: self.checkpoints,
-        }
+        Facts { live_execs: self.execs.values().filter(live).count(), checkpoints: self.checkpoints }
     }
 
     /// Carries out what the life-cycle makes of `event`.
@@ -259,11 +218,8 @@ impl Actor {
         let mut next = Some(event);
         while let Some(event) = next.take() {
             let before = self.state();
-            let step =
-                lifecycle::step(before, self.facts(), event).map_err(|refusal| TaskError::Refused {
-                    id: self.id.clone(),
-                    refusal,
-                })?;
+            let step = lifecycle::step(before, self.facts(), event)
+                .map_err(|refusal| TaskError::Refused { id: self.id.clone(), refusal })?;
             self.enter(before, step.next);
             for effect in step.effects {
                 if let Err(error) = self.perform(effect).await {
@@ -290,12 +246,7 @@ impl Actor {
         let asleep = matches!(before, State::Frozen { by: FrozenBy::Sleep });
         match next {
             State::Restoring { .. } if self.waking.is_none() => {
-                let image_bytes = self
-                    .snapshot
-                    .borrow()
-                    .image
-                    .as_ref()
-                    .map_or(0, |(_, bytes)| *bytes);
+                let image_bytes = self.snapshot.borrow().image.as_ref().map_or(0, |(_, bytes)| *bytes);
                 self.waking = Some(Waking::now(Depth::Checkpointed, image_bytes));
             }
             State::Running if asleep => self.waking = Some(Waking::now(Depth::Frozen, 0)),
@@ -314,16 +265,10 @@ impl Actor {
                 self.beside(async move { Message::Started(runtime.start().await) });
             }
             Effect::Freeze => {
-                self.runtime
-                    .freeze()
-                    .await
-                    .map_err(|error| self.failed("cannot be frozen", error))?;
+                self.runtime.freeze().await.map_err(|error| self.failed("cannot be frozen", error))?;
             }
             Effect::Thaw => {
-                self.runtime
-                    .thaw()
-                    .await
-                    .map_err(|error| self.failed("cannot be thawed", error))?;
+                self.runtime.thaw().await.map_err(|error| self.failed("cannot be thawed", error))?;
             }
             Effect::Dump => self.begin_dump().await,
             Effect::CancelDump => {
@@ -352,18 +297,12 @@ impl Actor {
                 self.settle_exit();
             }
             Effect::ReportKilledAsleep => {
-                self.init_exit = Some(ProcessExit {
-                    code: KILLED,
-                    at: SystemTime::now(),
-                });
+                self.init_exit = Some(ProcessExit { code: KILLED, at: SystemTime::now() });
                 self.exit_due = true;
                 self.settle_exit();
             }
             Effect::PublishPaused => {
-                self.events.publish(TaskPaused {
-                    container_id: self.id.clone(),
-                    ..Default::default()
-                });
+                self.events.publish(TaskPaused { container_id: self.id.clone(), ..Default::default() });
             }
         }
         Ok(())
@@ -385,12 +324,7 @@ impl Actor {
         let incarnation = self.incarnation;
         self.snapshot.send_modify(|now| now.init.pid = process.pid);
         let exit: ExitFuture = process.exit;
-        self.beside(async move {
-            Message::InitExited {
-                incarnation,
-                exit: exit.await,
-            }
-        });
+        self.beside(async move { Message::InitExited { incarnation, exit: exit.await } });
     }
 
     fn record(&self, phase: Phase) {
@@ -408,18 +342,11 @@ impl Actor {
     }
 
     fn failed(&self, what: &'static str, source: RuntimeError) -> TaskError {
-        TaskError::Runtime {
-            id: self.id.clone(),
-            what,
-            source,
-        }
+        TaskError::Runtime { id: self.id.clone(), what, source }
     }
 
     fn refused(&self, refusal: Refusal) -> TaskError {
-        TaskError::Refused {
-            id: self.id.clone(),
-            refusal,
-        }
+        TaskError::Refused { id: self.id.clone(), refusal }
     }
 
     // Start and end.
@@ -440,11 +367,7 @@ impl Actor {
                 }
                 self.record(Phase::Running);
                 let pid = self.snapshot.borrow().init.pid;
-                self.events.publish(TaskStart {
-                    container_id: self.id.clone(),
-                    pid,
-                    ..Default::default()
-                });
+                self.events.publish(TaskStart { container_id: self.id.clone(), pid, ..Default::default() });
                 Ok(pid)
             }
             Err(error) => Err(self.failed("cannot be started", error)),
@@ -462,10 +385,7 @@ impl Actor {
         }
         self.exit_due = false;
         self.record(Phase::Stopped);
-        let exit = self.init_exit.unwrap_or(ProcessExit {
-            code: KILLED,
-            at: SystemTime::now(),
-        });
+        let exit = self.init_exit.unwrap_or(ProcessExit { code: KILLED, at: SystemTime::now() });
         let pid = self.snapshot.borrow().init.pid;
         info!(id = %self.id, pid, code = exit.code, "the container has ended");
         self.events.publish(task_exit(&self.id, &self.id, pid, exit));
@@ -512,10 +432,7 @@ impl Actor {
         if view.exit.is_none() && self.state() != State::Created {
             return Err(TaskError::StillRuns(self.id.clone()));
         }
-        self.runtime
-            .delete()
-            .await
-            .map_err(|error| self.failed("cannot be deleted", error))?;
+        self.runtime.delete().await.map_err(|error| self.failed("cannot be deleted", error))?;
         self.events.publish(TaskDelete {
             container_id: self.id.clone(),
             pid: view.pid,
@@ -531,40 +448,23 @@ impl Actor {
     fn add_exec(&mut self, config: ExecConfig) -> Result<(), TaskError> {
         let exec_id = config.exec_id.clone();
         if self.execs.contains_key(&exec_id) {
-            return Err(TaskError::ExecExists {
-                id: self.id.clone(),
-                exec_id,
-            });
+            return Err(TaskError::ExecExists { id: self.id.clone(), exec_id });
         }
         if self.state() == State::Stopped {
             return Err(self.refused(Refusal::Ended));
         }
-        let view = ProcessView {
-            pid: 0,
-            stdio: config.stdio.clone(),
-            exit: None,
-        };
+        let view = ProcessView { pid: 0, stdio: config.stdio.clone(), exit: None };
         self.snapshot.send_modify(|now| {
             now.execs.insert(exec_id.clone(), view);
         });
         self.execs.insert(exec_id.clone(), Exec::Added(config));
-        self.events.publish(TaskExecAdded {
-            container_id: self.id.clone(),
-            exec_id,
-            ..Default::default()
-        });
+        self.events.publish(TaskExecAdded { container_id: self.id.clone(), exec_id, ..Default::default() });
         Ok(())
     }
 
     async fn start_exec(&mut self, exec_id: String, reply: Reply<u32>) {
         match self.execs.get(&exec_id) {
-            None => answer(
-                reply,
-                Err(TaskError::NoExec {
-                    id: self.id.clone(),
-                    exec_id,
-                }),
-            ),
+            None => answer(reply, Err(TaskError::NoExec { id: self.id.clone(), exec_id })),
             Some(Exec::Added(_)) => self.need(Deferred::StartExec { exec_id, reply }).await,
             Some(_) => answer(reply, Err(self.refused(Refusal::AlreadyStarted))),
         }
@@ -572,13 +472,7 @@ impl Actor {
 
     fn begin_exec(&mut self, exec_id: String, reply: Reply<u32>) {
         let Some(exec @ Exec::Added(_)) = self.execs.get_mut(&exec_id) else {
-            return answer(
-                reply,
-                Err(TaskError::NoExec {
-                    id: self.id.clone(),
-                    exec_id,
-                }),
-            );
+            return answer(reply, Err(TaskError::NoExec { id: self.id.clone(), exec_id }));
         };
         let Exec::Added(config) = std::mem::replace(exec, Exec::Starting(Some(reply))) else {
             return;
@@ -607,21 +501,12 @@ impl Actor {
                 };
                 self.events.publish(event);
                 let (exit, exec_id) = (process.exit, exec_id.to_owned());
-                self.beside(async move {
-                    Message::ExecExited {
-                        exec_id,
-                        exit: exit.await,
-                    }
-                });
+                self.beside(async move { Message::ExecExited { exec_id, exit: exit.await } });
                 Ok(pid)
             }
             Err(error) => Err(self.failed("an exec cannot be started", error)),
         };
-        let after = if outcome.is_ok() {
-            Exec::Running
-        } else {
-            Exec::Ended
-        };
+        let after = if outcome.is_ok() { Exec::Running } else { Exec::Ended };
         if let Some(Exec::Starting(Some(reply))) = self.execs.insert(exec_id.to_owned(), after) {
             answer(reply, outcome);
         }
@@ -630,12 +515,7 @@ impl Actor {
 
     fn exec_exited(&mut self, exec_id: &str, exit: ProcessExit) {
         self.execs.insert(exec_id.to_owned(), Exec::Ended);
-        let pid = self
-            .snapshot
-            .borrow()
-            .execs
-            .get(exec_id)
-            .map_or(0, |view| view.pid);
+        let pid = self.snapshot.borrow().execs.get(exec_id).map_or(0, |view| view.pid);
         self.events.publish(task_exit(&self.id, exec_id, pid, exit));
         self.snapshot.send_modify(|now| {
             if let Some(view) = now.execs.get_mut(exec_id) {
@@ -647,10 +527,7 @@ impl Actor {
 
     fn kill_exec(&mut self, exec_id: &str, signal: u32, all: bool) -> Result<(), TaskError> {
         match self.execs.get(exec_id) {
-            None => Err(TaskError::NoExec {
-                id: self.id.clone(),
-                exec_id: exec_id.to_owned(),
-            }),
+            None => Err(TaskError::NoExec { id: self.id.clone(), exec_id: exec_id.to_owned() }),
             Some(Exec::Ended) => Err(TaskError::Finished),
             Some(Exec::Added(_) | Exec::Starting(_)) => Err(self.refused(Refusal::NotStarted)),
             Some(Exec::Running) => match self.runtime.signal(Some(exec_id), signal, all) {
@@ -663,10 +540,7 @@ impl Actor {
     async fn delete_exec(&mut self, exec_id: &str) -> Result<ProcessView, TaskError> {
         match self.execs.get(exec_id) {
             None => {
-                return Err(TaskError::NoExec {
-                    id: self.id.clone(),
-                    exec_id: exec_id.to_owned(),
-                });
+                return Err(TaskError::NoExec { id: self.id.clone(), exec_id: exec_id.to_owned() });
             }
             Some(Exec::Starting(_) | Exec::Running) => return Err(TaskError::StillRuns(self.id.clone())),
             Some(Exec::Added(_) | Exec::Ended) => {}
@@ -675,8 +549,7 @@ impl Actor {
         deleted.map_err(|error| self.failed("an exec cannot be deleted", error))?;
         self.execs.remove(exec_id);
         let mut view = ProcessView::default();
-        self.snapshot
-            .send_modify(|now| view = now.execs.remove(exec_id).unwrap_or_default());
+        self.snapshot.send_modify(|now| view = now.execs.remove(exec_id).unwrap_or_default());
         Ok(view)
     }
 
@@ -695,10 +568,7 @@ impl Actor {
         tokio::spawn(async move {
             let updated = runtime.update(&resources, asleep).await;
             let what = "its limits cannot be changed";
-            answer(
-                reply,
-                updated.map_err(|source| TaskError::Runtime { id, what, source }),
-            );
+            answer(reply, updated.map_err(|source| TaskError::Runtime { id, what, source }));
         });
     }
 
@@ -717,11 +587,7 @@ impl Actor {
         let runtime = self.runtime.clone();
         self.beside(async move {
             let result = runtime.checkpoint(&config, asleep).await;
-            Message::Checkpointed {
-                path: config.image_path,
-                result,
-                reply,
-            }
+            Message::Checkpointed { path: config.image_path, result, reply }
         });
     }
 
@@ -734,10 +600,7 @@ impl Actor {
                 ..Default::default()
             });
         }
-        answer(
-            reply,
-            result.map_err(|error| self.failed("cannot be checkpointed", error)),
-        );
+        answer(reply, result.map_err(|error| self.failed("cannot be checkpointed", error)));
     }
 
     // Sleep and wake.
@@ -747,11 +610,7 @@ impl Actor {
         // The dump's veto must exist before the dump begins; a refused sleep must not disturb one under way.
         let fresh = self.falling.is_none();
         if fresh {
-            self.falling = Some(Falling {
-                since,
-                veto: Veto::default(),
-                reply: None,
-            });
+            self.falling = Some(Falling { since, veto: Veto::default(), reply: None });
         }
         let outcome = self.apply(Event::Sleep(depth)).await;
         match (outcome, self.state()) {
@@ -793,11 +652,7 @@ impl Actor {
     }
 
     async fn begin_dump(&mut self) {
-        let veto = self
-            .falling
-            .as_ref()
-            .map(|falling| falling.veto.clone())
-            .unwrap_or_default();
+        let veto = self.falling.as_ref().map(|falling| falling.veto.clone()).unwrap_or_default();
         if let Err(error) = self.try_record(Phase::Dumping) {
             // Deepening starts from a frozen cgroup, and after a failure the agent runs on.
             if let Err(error) = self.runtime.thaw().await {
@@ -812,9 +667,7 @@ impl Actor {
 
     async fn dumped(&mut self, result: Result<DumpReport, RuntimeError>) {
         let falling = self.falling.take();
-        let since = falling
-            .as_ref()
-            .map_or_else(Instant::now, |falling| falling.since);
+        let since = falling.as_ref().map_or_else(Instant::now, |falling| falling.since);
         let (outcome, answered) = match result {
             Ok(report) => {
                 let slept = Transition {
@@ -835,13 +688,9 @@ impl Actor {
                 self.record(Phase::Running);
                 warn!(id = %self.id, %error, "the agent could not be put to sleep and runs on");
                 if !matches!(error, RuntimeError::Vetoed) {
-                    self.snapshot
-                        .send_modify(|now| now.last_error = Some(error.to_string()));
+                    self.snapshot.send_modify(|now| now.last_error = Some(error.to_string()));
                 }
-                (
-                    DumpOutcome::Abandoned,
-                    Err(self.failed("cannot be put to sleep and runs on", error)),
-                )
+                (DumpOutcome::Abandoned, Err(self.failed("cannot be put to sleep and runs on", error)))
             }
         };
         self.note(Event::DumpDone(outcome)).await;
@@ -894,8 +743,7 @@ impl Actor {
                 self.waking = None;
                 self.input_wakes = false;
                 error!(id = %self.id, %error, "the agent could not be woken; its image is kept");
-                self.snapshot
-                    .send_modify(|now| now.last_error = Some(error.to_string()));
+                self.snapshot.send_modify(|now| now.last_error = Some(error.to_string()));
                 self.record(Phase::Checkpointed);
             }
         }
@@ -910,10 +758,7 @@ impl Actor {
                 Deferred::StartExec { exec_id, reply } => self.begin_exec(exec_id, reply),
                 Deferred::Signal { signal, all, reply } => answer(reply, self.signal(signal, all)),
                 Deferred::Resume { reply } => {
-                    self.events.publish(TaskResumed {
-                        container_id: self.id.clone(),
-                        ..Default::default()
-                    });
+                    self.events.publish(TaskResumed { container_id: self.id.clone(), ..Default::default() });
                     answer(reply, Ok(()));
                 }
                 Deferred::Wake { reply } => answer(reply, Ok(woke.clone())),
@@ -942,10 +787,7 @@ impl Actor {
     fn refuse(&mut self) {
         let (ended, reason) = {
             let now = self.snapshot.borrow();
-            (
-                now.state == State::Stopped,
-                now.last_error.clone().unwrap_or_default(),
-            )
+            (now.state == State::Stopped, now.last_error.clone().unwrap_or_default())
         };
         for deferred in std::mem::take(&mut self.waiting) {
             let error = match (&deferred, ended) {
@@ -962,12 +804,7 @@ impl Actor {
 
 impl Waking {
     fn now(depth: Depth, image_bytes: u64) -> Self {
-        Self {
-            since: Instant::now(),
-            depth,
-            image_bytes,
-            engine: FREEZER,
-        }
+        Self { since: Instant::now(), depth, image_bytes, engine: FREEZER }
     }
 }
 

@@ -79,9 +79,7 @@ pub struct Journal {
 impl Journal {
     /// The journal in `bundle`.
     pub fn in_bundle(bundle: &Path) -> Self {
-        Self {
-            path: bundle.join(FILE),
-        }
+        Self { path: bundle.join(FILE) }
     }
 
     /// Replaces the record.
@@ -96,10 +94,7 @@ impl Journal {
             file.sync_data()?;
             fs::rename(&next, &self.path)
         };
-        write().map_err(|source| JournalError::Write {
-            path: self.path.clone(),
-            source,
-        })
+        write().map_err(|source| JournalError::Write { path: self.path.clone(), source })
     }
 
     /// Reads the record; none if nothing was ever written.
@@ -111,18 +106,12 @@ impl Journal {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => {
-                return Err(JournalError::Read {
-                    path: self.path.clone(),
-                    source,
-                });
+                return Err(JournalError::Read { path: self.path.clone(), source });
             }
         };
         serde_json::from_slice(&text)
             .map(Some)
-            .map_err(|source| JournalError::Damaged {
-                path: self.path.clone(),
-                source,
-            })
+            .map_err(|source| JournalError::Damaged { path: self.path.clone(), source })
     }
 }
 
@@ -136,16 +125,8 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let journal = Journal::in_bundle(bundle.path());
         assert_eq!(journal.read().unwrap(), None);
-        let running = Record {
-            phase: Phase::Running,
-            pid: 7,
-            image: None,
-        };
-        let asleep = Record {
-            phase: Phase::Checkpointed,
-            pid: 7,
-            image: Some("/images/7".into()),
-        };
+        let running = Record { phase: Phase::Running, pid: 7, image: None };
+        let asleep = Record { phase: Phase::Checkpointed, pid: 7, image: Some("/images/7".into()) };
         journal.write(&running).unwrap();
         journal.write(&asleep).unwrap();
         assert_eq!(journal.read().unwrap(), Some(asleep));
@@ -162,18 +143,7 @@ mod tests {
     #[test]
     fn a_bundle_that_is_gone_is_an_error_that_names_the_file() {
         let journal = Journal::in_bundle(Path::new("/nonexistent/bundle"));
-        let error = journal
-            .write(&Record {
-                phase: Phase::Running,
-                pid: 1,
-                image: None,
-            })
-            .unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("/nonexistent/bundle/agentcube-journal.json"),
-            "{error}"
-        );
+        let error = journal.write(&Record { phase: Phase::Running, pid: 1, image: None }).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/bundle/agentcube-journal.json"), "{error}");
     }
 }

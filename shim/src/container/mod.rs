@@ -17,6 +17,7 @@ pub use self::{
     snapshot::{ProcessView, Snapshot, Transition},
 };
 use crate::{
+    bundle::Identity,
     error::TaskError,
     events::EventSink,
     lifecycle::Depth,
@@ -28,75 +29,25 @@ type Reply<T> = oneshot::Sender<Result<T, TaskError>>;
 
 /// What an actor is asked, or told by the work that it has begun.
 enum Message {
-    Start {
-        exec_id: Option<String>,
-        reply: Reply<u32>,
-    },
-    AddExec {
-        config: ExecConfig,
-        reply: Reply<()>,
-    },
-    Kill {
-        exec_id: Option<String>,
-        signal: u32,
-        all: bool,
-        reply: Reply<()>,
-    },
-    Delete {
-        exec_id: Option<String>,
-        reply: Reply<ProcessView>,
-    },
-    Pause {
-        reply: Reply<()>,
-    },
-    Resume {
-        reply: Reply<()>,
-    },
-    Resize {
-        exec_id: Option<String>,
-        width: u16,
-        height: u16,
-        reply: Reply<()>,
-    },
-    CloseStdin {
-        exec_id: Option<String>,
-        reply: Reply<()>,
-    },
-    Update {
-        resources: Box<LinuxResources>,
-        reply: Reply<()>,
-    },
-    Checkpoint {
-        config: CheckpointConfig,
-        reply: Reply<()>,
-    },
-    Sleep {
-        depth: Depth,
-        reply: Reply<Transition>,
-    },
-    Wake {
-        reply: Reply<Option<Transition>>,
-    },
+    Start { exec_id: Option<String>, reply: Reply<u32> },
+    AddExec { config: ExecConfig, reply: Reply<()> },
+    Kill { exec_id: Option<String>, signal: u32, all: bool, reply: Reply<()> },
+    Delete { exec_id: Option<String>, reply: Reply<ProcessView> },
+    Pause { reply: Reply<()> },
+    Resume { reply: Reply<()> },
+    Resize { exec_id: Option<String>, width: u16, height: u16, reply: Reply<()> },
+    CloseStdin { exec_id: Option<String>, reply: Reply<()> },
+    Update { resources: Box<LinuxResources>, reply: Reply<()> },
+    Checkpoint { config: CheckpointConfig, reply: Reply<()> },
+    Sleep { depth: Depth, reply: Reply<Transition> },
+    Wake { reply: Reply<Option<Transition>> },
     Started(Result<Option<Process>, RuntimeError>),
-    ExecStarted {
-        exec_id: String,
-        result: Result<Process, RuntimeError>,
-    },
-    InitExited {
-        incarnation: u64,
-        exit: ProcessExit,
-    },
-    ExecExited {
-        exec_id: String,
-        exit: ProcessExit,
-    },
+    ExecStarted { exec_id: String, result: Result<Process, RuntimeError> },
+    InitExited { incarnation: u64, exit: ProcessExit },
+    ExecExited { exec_id: String, exit: ProcessExit },
     Dumped(Result<crate::runtime::DumpReport, RuntimeError>),
     Restored(Result<crate::runtime::Restored, RuntimeError>),
-    Checkpointed {
-        path: PathBuf,
-        result: Result<(), RuntimeError>,
-        reply: Reply<()>,
-    },
+    Checkpointed { path: PathBuf, result: Result<(), RuntimeError>, reply: Reply<()> },
 }
 
 /// What a container is born with.
@@ -105,6 +56,8 @@ pub struct Birth {
     pub id: String,
     /// Directory with `config.json`; the journal is kept there.
     pub bundle: PathBuf,
+    /// Who it is in Kubernetes.
+    pub identity: Identity,
     /// Its init process's streams.
     pub stdio: Stdio,
     /// What works for it.
@@ -118,6 +71,7 @@ pub struct Birth {
 pub struct Handle {
     id: Arc<str>,
     bundle: Arc<PathBuf>,
+    identity: Arc<Identity>,
     mailbox: mpsc::UnboundedSender<Message>,
     snapshot: watch::Receiver<Snapshot>,
     runtime: Arc<dyn Runtime>,
@@ -127,15 +81,12 @@ impl Handle {
     /// Starts the actor of a container that the runtime has created.
     pub fn spawn(birth: Birth, events: EventSink) -> Self {
         let (mailbox, messages) = mpsc::unbounded_channel();
-        let view = ProcessView {
-            pid: birth.init.pid,
-            stdio: birth.stdio.clone(),
-            exit: None,
-        };
+        let view = ProcessView { pid: birth.init.pid, stdio: birth.stdio.clone(), exit: None };
         let (publish, snapshot) = watch::channel(Snapshot::new(view));
         let handle = Self {
             id: birth.id.as_str().into(),
             bundle: Arc::new(birth.bundle.clone()),
+            identity: Arc::new(birth.identity.clone()),
             mailbox: mailbox.clone(),
             snapshot,
             runtime: birth.runtime.clone(),
@@ -152,6 +103,21 @@ impl Handle {
     /// Its bundle.
     pub fn bundle(&self) -> &std::path::Path {
         &self.bundle
+    }
+
+    /// Who it is in Kubernetes.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Whether both are handles to the same container.
+    pub fn same_as(&self, other: &Self) -> bool {
+        self.mailbox.same_channel(&other.mailbox)
+    }
+
+    /// Completes when the container has been deleted.
+    pub async fn closed(&self) {
+        self.mailbox.closed().await;
     }
 
     /// How it is now.
@@ -177,16 +143,11 @@ impl Handle {
             .wait_for(|now| now.process(exec_id).is_none_or(|process| process.exit.is_some()))
             .await
             .map_err(|_| TaskError::Gone(self.id.to_string()))?;
-        seen.process(exec_id)
-            .and_then(|process| process.exit)
-            .ok_or_else(|| self.no_exec(exec_id))
+        seen.process(exec_id).and_then(|process| process.exit).ok_or_else(|| self.no_exec(exec_id))
     }
 
     fn no_exec(&self, exec_id: Option<&str>) -> TaskError {
-        TaskError::NoExec {
-            id: self.id.to_string(),
-            exec_id: exec_id.unwrap_or_default().to_owned(),
-        }
+        TaskError::NoExec { id: self.id.to_string(), exec_id: exec_id.unwrap_or_default().to_owned() }
     }
 
     async fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, TaskError> {
@@ -217,13 +178,7 @@ impl Handle {
     /// # Errors
     /// [`TaskError::Finished`] when the process has ended, and when a wake fails.
     pub async fn kill(&self, exec_id: Option<String>, signal: u32, all: bool) -> Result<(), TaskError> {
-        self.ask(|reply| Message::Kill {
-            exec_id,
-            signal,
-            all,
-            reply,
-        })
-        .await
+        self.ask(|reply| Message::Kill { exec_id, signal, all, reply }).await
     }
 
     /// Removes a process that has ended; without `exec_id` the container.
@@ -255,13 +210,7 @@ impl Handle {
     /// # Errors
     /// When the process has none.
     pub async fn resize(&self, exec_id: Option<String>, width: u16, height: u16) -> Result<(), TaskError> {
-        self.ask(|reply| Message::Resize {
-            exec_id,
-            width,
-            height,
-            reply,
-        })
-        .await
+        self.ask(|reply| Message::Resize { exec_id, width, height, reply }).await
     }
 
     /// Ends a process's standard input.
@@ -277,11 +226,7 @@ impl Handle {
     /// # Errors
     /// When the runtime or the kernel refuses them.
     pub async fn update(&self, resources: LinuxResources) -> Result<(), TaskError> {
-        self.ask(|reply| Message::Update {
-            resources: Box::new(resources),
-            reply,
-        })
-        .await
+        self.ask(|reply| Message::Update { resources: Box::new(resources), reply }).await
     }
 
     /// Makes an image for a client. The agent goes on, or goes on sleeping.

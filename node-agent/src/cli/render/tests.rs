@@ -64,19 +64,13 @@ fn in_pod(id: &str, pod: &str, container: Option<&str>) -> Container {
         id: id.to_owned(),
         namespace: "k8s.io".to_owned(),
         is_sandbox: container.is_none(),
-        labels: labels
-            .into_iter()
-            .map(|(key, value)| (key.to_owned(), value.to_owned()))
-            .collect(),
+        labels: labels.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         ..agent()
     }
 }
 
 fn listing(containers: Vec<Container>, unreachable: Vec<Silent>) -> Listing {
-    Listing {
-        containers,
-        unreachable,
-    }
+    Listing { containers, unreachable }
 }
 
 fn silent(name: &str) -> Silent {
@@ -116,13 +110,8 @@ fn ps_of_pods_and_of_a_shim_that_does_not_answer() {
         ),
         ..in_pod(&other, "web-0", Some("agent"))
     };
-    let text = ps(
-        &listing(
-            vec![in_pod(LONG_ID, "web-0", None), failed],
-            vec![silent(&"ab".repeat(32))],
-        ),
-        NOW,
-    );
+    let text =
+        ps(&listing(vec![in_pod(LONG_ID, "web-0", None), failed], vec![silent(&"ab".repeat(32))]), NOW);
     assert_eq!(
         text,
         "\
@@ -154,61 +143,26 @@ fn ids_that_start_alike_are_shown_longer() {
 
 #[test]
 fn every_state_has_its_words() {
-    let shown = [
-        "created",
-        "running",
-        "paused",
-        "falling-asleep",
-        "asleep",
-        "waking",
-        "stopped",
-        "unknown",
-    ]
-    .map(|state_name| {
-        state(&Container {
-            state: state_name,
-            depth: Some("frozen"),
-            ..agent()
-        })
-    });
+    let shown = ["created", "running", "paused", "falling-asleep", "asleep", "waking", "stopped", "unknown"]
+        .map(|state_name| state(&Container { state: state_name, depth: Some("frozen"), ..agent() }));
     assert_eq!(
         shown,
-        [
-            "Created",
-            "Running",
-            "Paused",
-            "Falling asleep",
-            "Asleep (frozen)",
-            "Waking",
-            "Stopped",
-            "Unknown"
-        ]
+        ["Created", "Running", "Paused", "Falling asleep", "Asleep (frozen)", "Waking", "Stopped", "Unknown"]
     );
 }
 
 #[test]
 fn a_sleep_is_told_with_its_times_and_what_it_gave_back() {
-    let with_memory = Transition {
-        memory_before_bytes: Some(281_438_290),
-        memory_after_bytes: Some(0),
-        ..transition()
-    };
+    let with_memory =
+        Transition { memory_before_bytes: Some(281_438_290), memory_after_bytes: Some(0), ..transition() };
     assert_eq!(
         slept(&with_memory),
         "demo: asleep (checkpointed) after 141.2 ms, stood still for 133.9 ms; gave back 268.4 MiB of 268.4 MiB; \
          image 266.1 MiB\n"
     );
-    let frozen = Transition {
-        depth: Some("frozen"),
-        total_us: 900,
-        stopped_us: 800,
-        image_bytes: 0,
-        ..transition()
-    };
-    assert_eq!(
-        slept(&frozen),
-        "demo: asleep (frozen) after 0.90 ms, stood still for 0.80 ms\n"
-    );
+    let frozen =
+        Transition { depth: Some("frozen"), total_us: 900, stopped_us: 800, image_bytes: 0, ..transition() };
+    assert_eq!(slept(&frozen), "demo: asleep (frozen) after 0.90 ms, stood still for 0.80 ms\n");
 }
 
 #[test]

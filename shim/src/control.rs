@@ -1,0 +1,211 @@
+//! The control service: sleep, wake, status and list, for the node agent and the command line.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use agentcube_control::{
+    Container, Control, Depth as WireDepth, ListRequest, ListResponse, SleepRequest, SleepResponse,
+    State as WireState, StatusRequest, StatusResponse, Transition as WireTransition, WakeRequest,
+    WakeResponse, labels,
+};
+use async_trait::async_trait;
+use containerd_shim::protos::ttrpc::r#async::TtrpcContext;
+use protobuf::{EnumOrUnknown, MessageField};
+use tracing::warn;
+
+use crate::{
+    container::{Handle, Snapshot, Transition},
+    error::TaskError,
+    lifecycle::{Depth, FrozenBy, State},
+    task::Containers,
+};
+
+/// The control service of one shim.
+pub struct ControlService {
+    namespace: String,
+    containers: Containers,
+}
+
+impl ControlService {
+    /// Serves the containers of one shim.
+    pub fn new(namespace: &str, containers: Containers) -> Self {
+        Self { namespace: namespace.to_owned(), containers }
+    }
+
+    /// The container `id`, or every container of the sandbox `id` but its pause container, which holds nothing.
+    fn targets(&self, id: &str) -> Result<Vec<Handle>, TaskError> {
+        let members: Vec<Handle> = self
+            .containers
+            .all()
+            .into_iter()
+            .filter(|handle| handle.identity().sandbox_id == id && !handle.identity().is_sandbox)
+            .collect();
+        if !members.is_empty() {
+            return Ok(members);
+        }
+        let one = self.containers.get(id)?;
+        if one.identity().is_sandbox {
+            let hint = "it is the pause container of a pod without other containers, and never sleeps";
+            return Err(TaskError::Unsupported(format!("container {id}: {hint}")));
+        }
+        Ok(vec![one])
+    }
+
+    fn describe(&self, handle: &Handle) -> Container {
+        let snapshot = handle.snapshot();
+        let identity = handle.identity();
+        let (memory_bytes, memory_source) = handle.runtime().memory();
+        let (image_dir, image_bytes) = snapshot.image.clone().unwrap_or_else(|| (PathBuf::new(), 0));
+        let labels = labels::ALL
+            .iter()
+            .filter_map(|key| Some(((*key).to_owned(), identity.annotations.get(*key)?.clone())))
+            .collect();
+        Container {
+            id: handle.id().to_owned(),
+            namespace: self.namespace.clone(),
+            sandbox_id: identity.sandbox_id.clone(),
+            is_sandbox: identity.is_sandbox,
+            state: EnumOrUnknown::new(wire_state(&snapshot)),
+            depth: EnumOrUnknown::new(snapshot.depth().map_or(WireDepth::DEPTH_UNSPECIFIED, wire_depth)),
+            pid: snapshot.init.pid,
+            memory_bytes,
+            memory_source: memory_source.to_owned(),
+            image_bytes,
+            image_dir: image_dir.to_string_lossy().into_owned(),
+            since_unix_ms: unix_ms(snapshot.since),
+            sleeps: snapshot.sleeps,
+            wakes: snapshot.wakes,
+            last_sleep: snapshot.last_sleep.as_ref().map(|slept| wire_transition(handle.id(), slept)).into(),
+            last_wake: snapshot.last_wake.as_ref().map(|woke| wire_transition(handle.id(), woke)).into(),
+            last_error: snapshot.last_error.unwrap_or_default(),
+            shim_pid: std::process::id(),
+            bundle: handle.bundle().to_string_lossy().into_owned(),
+            labels,
+            ..Default::default()
+        }
+    }
+}
+
+/// Does several containers' work at the same time and waits for all of it. The work goes on when the client that
+/// asked for it has gone away.
+async fn of_all<T: Send + 'static>(
+    work: impl Iterator<Item = impl Future<Output = Result<T, TaskError>> + Send + 'static>,
+) -> Vec<Result<T, TaskError>> {
+    let running: Vec<_> = work.map(tokio::spawn).collect();
+    let mut done = Vec::with_capacity(running.len());
+    for one in running {
+        done.push(one.await.unwrap_or_else(|error| Err(TaskError::Dependency(error.to_string()))));
+    }
+    done
+}
+
+#[async_trait]
+impl Control for ControlService {
+    async fn sleep(
+        &self,
+        _: &TtrpcContext,
+        request: SleepRequest,
+    ) -> containerd_shim::TtrpcResult<SleepResponse> {
+        let asked = depth(request.depth)?;
+        let targets = self.targets(&request.id)?;
+        let slept = of_all(targets.iter().cloned().map(move |handle| async move {
+            let slept = handle.sleep(asked.unwrap_or_else(|| handle.runtime().deepest())).await?;
+            Ok(wire_transition(handle.id(), &slept))
+        }))
+        .await;
+        let outcome: Result<Vec<_>, TaskError> = slept.into_iter().collect();
+        if outcome.is_err() && targets.len() > 1 {
+            // A sandbox sleeps as one or not at all.
+            for woken in of_all(targets.into_iter().map(|handle| async move { handle.wake().await })).await {
+                if let Err(error) = woken {
+                    warn!(sandbox = %request.id, %error, "after a failed sleep of its sandbox");
+                }
+            }
+        }
+        Ok(SleepResponse { transitions: outcome?, ..Default::default() })
+    }
+
+    async fn wake(
+        &self,
+        _: &TtrpcContext,
+        request: WakeRequest,
+    ) -> containerd_shim::TtrpcResult<WakeResponse> {
+        let woken = of_all(self.targets(&request.id)?.into_iter().map(|handle| async move {
+            let woke = handle.wake().await?;
+            Ok(woke.map(|woke| wire_transition(handle.id(), &woke)))
+        }))
+        .await;
+        let transitions = woken.into_iter().collect::<Result<Vec<_>, TaskError>>()?;
+        Ok(WakeResponse { transitions: transitions.into_iter().flatten().collect(), ..Default::default() })
+    }
+
+    async fn status(
+        &self,
+        _: &TtrpcContext,
+        request: StatusRequest,
+    ) -> containerd_shim::TtrpcResult<StatusResponse> {
+        let handle = self.containers.get(&request.id)?;
+        Ok(StatusResponse { container: MessageField::some(self.describe(&handle)), ..Default::default() })
+    }
+
+    async fn list(&self, _: &TtrpcContext, _: ListRequest) -> containerd_shim::TtrpcResult<ListResponse> {
+        let containers = self.containers.all().iter().map(|handle| self.describe(handle)).collect();
+        Ok(ListResponse { containers, ..Default::default() })
+    }
+}
+
+/// The depth that a request asks for; none for the deepest.
+fn depth(wire: EnumOrUnknown<WireDepth>) -> Result<Option<Depth>, TaskError> {
+    match wire.enum_value() {
+        Ok(WireDepth::DEPTH_UNSPECIFIED) => Ok(None),
+        Ok(WireDepth::DEPTH_FROZEN) => Ok(Some(Depth::Frozen)),
+        Ok(WireDepth::DEPTH_CHECKPOINTED) => Ok(Some(Depth::Checkpointed)),
+        Ok(WireDepth::DEPTH_RECLAIMED) => {
+            let hint = "this shim does not offer the depth reclaimed: ask for frozen or checkpointed";
+            Err(TaskError::Unsupported(hint.to_owned()))
+        }
+        Err(unknown) => Err(TaskError::Invalid(format!("there is no depth with the number {unknown}"))),
+    }
+}
+
+fn wire_depth(depth: Depth) -> WireDepth {
+    match depth {
+        Depth::Frozen => WireDepth::DEPTH_FROZEN,
+        Depth::Checkpointed => WireDepth::DEPTH_CHECKPOINTED,
+    }
+}
+
+fn wire_state(snapshot: &Snapshot) -> WireState {
+    match snapshot.state {
+        State::Created | State::Starting { .. } => WireState::STATE_CREATED,
+        State::Running => WireState::STATE_RUNNING,
+        State::Frozen { by: FrozenBy::Client } => WireState::STATE_PAUSED,
+        State::Frozen { by: FrozenBy::Sleep } | State::Checkpointed => WireState::STATE_ASLEEP,
+        State::Dumping { .. } => WireState::STATE_FALLING_ASLEEP,
+        State::Restoring { .. } => WireState::STATE_WAKING,
+        State::Stopped => WireState::STATE_STOPPED,
+    }
+}
+
+fn wire_transition(id: &str, transition: &Transition) -> WireTransition {
+    WireTransition {
+        id: id.to_owned(),
+        depth: EnumOrUnknown::new(wire_depth(transition.depth)),
+        total_us: micros(transition.total),
+        stopped_us: micros(transition.stopped),
+        image_bytes: transition.image_bytes,
+        engine: transition.engine.to_owned(),
+        at_unix_ms: unix_ms(transition.at),
+        ..Default::default()
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn unix_ms(at: SystemTime) -> i64 {
+    at.duration_since(UNIX_EPOCH).ok().and_then(|since| i64::try_from(since.as_millis()).ok()).unwrap_or(0)
+}
