@@ -122,7 +122,7 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let missing = read_spec(bundle.path()).unwrap_err();
         assert!(missing.to_string().contains("config.json"), "{missing}");
-        fs::write(bundle.path().join("config.json"), b"[]").unwrap();
+        fs::write(bundle.path().join("config.json"), b"{\"ociVersion\":").unwrap();
         assert!(matches!(read_spec(bundle.path()), Err(BundleError::Parse { .. })));
     }
 }

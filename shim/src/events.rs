@@ -31,7 +31,7 @@ impl EventSink {
     }
 
     /// Publishes `event`.
-    pub fn publish(&self, event: impl Event + MessageDyn) {
+    pub fn publish(&self, event: impl Event) {
         // The forwarder lives as long as the shim; when it is gone nobody is left to be told.
         let _ = self.0.send((event.topic(), Box::new(event)));
     }

@@ -216,6 +216,7 @@ pub struct Step {
     pub effects: Vec<Effect>,
 }
 
+#[allow(clippy::unnecessary_wraps)] // It is every arm's result.
 fn to(next: State, effects: &[Effect]) -> Result<Step, Refusal> {
     Ok(Step { next, effects: effects.to_vec() })
 }

@@ -160,7 +160,8 @@ pub enum RuntimeError {
     Failed(String),
 }
 
-/// A container below the actor. Methods take `&self`: the actor orders calls, queries come at any time.
+/// A container below the actor. Errors are [`RuntimeError`]s that name what failed. Methods take `&self`: the actor orders calls, queries come at any time.
+#[allow(clippy::missing_errors_doc)]
 #[async_trait]
 pub trait Runtime: Send + Sync {
     /// Starts the container's program. With [`CreateConfig::checkpoint`] it is restored instead, and this is its

@@ -369,5 +369,6 @@ impl Task for TaskService {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 #[path = "task_tests/mod.rs"]
 mod tests;

@@ -196,7 +196,7 @@ impl Actor {
             Message::ExecExited { exec_id, exit } => self.exec_exited(&exec_id, exit),
             Message::Dumped(result) => self.dumped(result).await,
             Message::Restored(result) => self.restored(result).await,
-            Message::Checkpointed { path, result, reply } => self.checkpointed(path, result, reply),
+            Message::Checkpointed { path, result, reply } => self.checkpointed(&path, result, reply),
         }
         std::ops::ControlFlow::Continue(())
     }
@@ -591,7 +591,7 @@ impl Actor {
         });
     }
 
-    fn checkpointed(&mut self, path: std::path::PathBuf, result: Result<(), RuntimeError>, reply: Reply<()>) {
+    fn checkpointed(&mut self, path: &std::path::Path, result: Result<(), RuntimeError>, reply: Reply<()>) {
         self.checkpoints -= 1;
         if result.is_ok() {
             self.events.publish(TaskCheckpointed {
