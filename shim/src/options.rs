@@ -1,0 +1,430 @@
+//! The shim's options, as containerd's configuration has them.
+//!
+//! CRI passes the table `options` of a runtime as TOML text, `ctr run --runtime-config-path` the path of a TOML file;
+//! both come as `runtimeoptions.v1.Options`. What is not set has a default; what is not known is an error.
+
+use std::{
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+use containerd_shim::protos::{
+    protobuf::{CodedInputStream, Message, well_known_types::any::Any},
+    shim::oci::Options as RuncOptions,
+};
+use serde::{Deserialize, Serialize};
+
+/// Where the options are kept in the bundle, for the action `delete`, which gets none.
+const FILE: &str = "agentcube-options.json";
+/// The largest options file that is read.
+const MAX_FILE: u64 = 1 << 20;
+/// A type that an `Any` of options may have, by the last part of its URL.
+const GENERIC: [&str; 3] =
+    ["runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options", "containerd.runtimeoptions.v1.Options"];
+/// The options of containerd's own runc shim.
+const RUNC: &str = "containerd.runc.v1.Options";
+
+/// How much the shim logs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Only what went wrong.
+    Error,
+    /// And what looks wrong.
+    Warn,
+    /// And what happens to containers.
+    #[default]
+    Info,
+    /// And how.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl fmt::Display for LogLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        })
+    }
+}
+
+/// The options.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// The OCI runtime: a name on the PATH, or an absolute path.
+    pub runc_binary: PathBuf,
+    /// Where the OCI runtime keeps its state, above containerd's namespaces.
+    pub runc_root: PathBuf,
+    /// CRIU: a name on the PATH, or an absolute path.
+    pub criu_binary: PathBuf,
+    /// Where images of sleeping agents are kept.
+    pub image_dir: PathBuf,
+    /// Leave limits out whose cgroup v2 controller the node lacks, rather than refuse the container.
+    pub ignore_missing_controllers: bool,
+    /// Let runc use systemd for cgroups.
+    pub systemd_cgroup: bool,
+    /// How much is logged.
+    pub log_level: LogLevel,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            runc_binary: "runc".into(),
+            runc_root: "/run/containerd/runc".into(),
+            criu_binary: "criu".into(),
+            image_dir: "/var/lib/agentcube/images".into(),
+            ignore_missing_controllers: false,
+            systemd_cgroup: false,
+            log_level: LogLevel::default(),
+        }
+    }
+}
+
+/// What is wrong with the options.
+#[derive(Debug, thiserror::Error)]
+pub enum OptionsError {
+    /// Not TOML, an unknown key, or a value of the wrong type.
+    #[error("runtime options in {origin}: {reason}")]
+    Toml {
+        /// Where they came from.
+        origin: String,
+        /// What is wrong, with the key's name.
+        reason: String,
+    },
+    /// A path that is not absolute.
+    #[error("runtime options in {origin}: {key} must be an absolute path{or_name}, not {value:?}")]
+    Relative {
+        /// Where they came from.
+        origin: String,
+        /// The key.
+        key: &'static str,
+        /// What else would be right.
+        or_name: &'static str,
+        /// Its value.
+        value: PathBuf,
+    },
+    /// The file cannot be read.
+    #[error("cannot read the runtime options in {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file cannot be written.
+    #[error("cannot write the runtime options to {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The message cannot be decoded.
+    #[error("runtime options of type {type_url} cannot be decoded: {reason}")]
+    Decode {
+        /// Its type.
+        type_url: String,
+        /// Why.
+        reason: String,
+    },
+    /// Not a type of options that this shim takes.
+    #[error(
+        "runtime options of type {0} are not known: use a runtime_type of io.containerd.agentcube.v1 with TOML options"
+    )]
+    UnknownType(String),
+    /// An option of containerd's runc shim that this shim cannot honour.
+    #[error("the runc option {0} is not supported by io.containerd.agentcube.v1: remove it")]
+    UnsupportedRunc(&'static str),
+}
+
+impl Options {
+    /// Reads TOML text that came from `origin`.
+    ///
+    /// # Errors
+    /// [`OptionsError::Toml`], [`OptionsError::Relative`].
+    pub fn from_toml(text: &str, origin: &str) -> Result<Self, OptionsError> {
+        let options: Self = toml::from_str(text).map_err(|error| OptionsError::Toml {
+            origin: origin.to_owned(),
+            reason: error.to_string().trim_end().to_owned(),
+        })?;
+        options.check(origin)?;
+        Ok(options)
+    }
+
+    fn check(&self, origin: &str) -> Result<(), OptionsError> {
+        let relative = |key, or_name, value: &Path| OptionsError::Relative {
+            origin: origin.to_owned(),
+            key,
+            or_name,
+            value: value.to_owned(),
+        };
+        for (key, value) in [("image_dir", &self.image_dir), ("runc_root", &self.runc_root)] {
+            if !value.is_absolute() {
+                return Err(relative(key, "", value));
+            }
+        }
+        for (key, value) in [("runc_binary", &self.runc_binary), ("criu_binary", &self.criu_binary)] {
+            let is_name = value.components().count() == 1 && value.file_name().is_some();
+            if !value.is_absolute() && !is_name {
+                return Err(relative(key, " or a name to be found on the PATH", value));
+            }
+        }
+        Ok(())
+    }
+
+    /// Decodes the options of a request; defaults where there are none.
+    ///
+    /// # Errors
+    /// [`OptionsError`], which names the key or the type.
+    pub fn from_any(any: Option<&Any>) -> Result<Self, OptionsError> {
+        let Some(any) = any.filter(|any| !any.type_url.is_empty()) else {
+            return Ok(Self::default());
+        };
+        match any.type_url.rsplit('/').next() {
+            Some(name) if GENERIC.contains(&name) => {
+                let decoded = Generic::decode(&any.value).map_err(|error| OptionsError::Decode {
+                    type_url: any.type_url.clone(),
+                    reason: error.to_string(),
+                })?;
+                decoded.resolve()
+            }
+            Some(RUNC) => {
+                let runc = RuncOptions::parse_from_bytes(&any.value).map_err(|error| {
+                    OptionsError::Decode { type_url: any.type_url.clone(), reason: error.to_string() }
+                })?;
+                Self::from_runc(&runc)
+            }
+            _ => Err(OptionsError::UnknownType(any.type_url.clone())),
+        }
+    }
+
+    /// Finds the options among what containerd passes to the action `start`.
+    ///
+    /// # Errors
+    /// As [`Self::from_any`].
+    pub fn from_extensions(extensions: &[Any]) -> Result<Self, OptionsError> {
+        let is_ours = |any: &&Any| {
+            any.type_url.rsplit('/').next().is_some_and(|name| GENERIC.contains(&name) || name == RUNC)
+        };
+        Self::from_any(extensions.iter().find(is_ours))
+    }
+
+    /// What `ctr run` and configurations made for containerd's own shim pass.
+    fn from_runc(runc: &RuncOptions) -> Result<Self, OptionsError> {
+        let mut options = Self { systemd_cgroup: runc.systemd_cgroup, ..Self::default() };
+        if !runc.binary_name.is_empty() {
+            options.runc_binary = PathBuf::from(&runc.binary_name);
+        }
+        if !runc.root.is_empty() {
+            options.runc_root = PathBuf::from(&runc.root);
+        }
+        for (set, name) in [
+            (runc.no_pivot_root, "NoPivotRoot"),
+            (!runc.criu_image_path.is_empty(), "CriuImagePath"),
+            (!runc.criu_work_path.is_empty(), "CriuWorkPath"),
+        ] {
+            if set {
+                return Err(OptionsError::UnsupportedRunc(name));
+            }
+        }
+        options.check(RUNC)?;
+        Ok(options)
+    }
+
+    /// Keeps the options in `bundle`.
+    ///
+    /// # Errors
+    /// [`OptionsError::Write`].
+    pub fn save(&self, bundle: &Path) -> Result<(), OptionsError> {
+        let path = bundle.join(FILE);
+        let text = serde_json::to_vec(self).map_err(io::Error::other);
+        text.and_then(|text| fs::write(&path, text)).map_err(|source| OptionsError::Write { path, source })
+    }
+
+    /// Reads what [`Self::save`] kept; defaults if nothing was.
+    ///
+    /// # Errors
+    /// [`OptionsError::Read`], [`OptionsError::Toml`].
+    pub fn load(bundle: &Path) -> Result<Self, OptionsError> {
+        let path = bundle.join(FILE);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => return Err(OptionsError::Read { path, source }),
+        };
+        serde_json::from_slice(&text).map_err(|error| OptionsError::Toml {
+            origin: path.display().to_string(),
+            reason: error.to_string(),
+        })
+    }
+}
+
+/// `runtimeoptions.v1.Options`.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Generic {
+    config_path: String,
+    config_body: Vec<u8>,
+}
+
+impl Generic {
+    const CONFIG_PATH: u32 = 2;
+    const CONFIG_BODY: u32 = 3;
+
+    /// Decodes the message by hand: no crate carries it, and it has three fields.
+    fn decode(bytes: &[u8]) -> containerd_shim::protos::protobuf::Result<Self> {
+        let mut message = Self::default();
+        let mut input = CodedInputStream::from_bytes(bytes);
+        while let Some(tag) = input.read_raw_tag_or_eof()? {
+            match (tag >> 3, tag & 7) {
+                (Self::CONFIG_PATH, 2) => message.config_path = input.read_string()?,
+                (Self::CONFIG_BODY, 2) => message.config_body = input.read_bytes()?,
+                (_, 0) => drop(input.read_raw_varint64()?),
+                (_, 1) => drop(input.read_fixed64()?),
+                (_, 2) => drop(input.read_bytes()?),
+                (_, 5) => drop(input.read_fixed32()?),
+                (_, wire) => {
+                    let reason = format!("wire type {wire} is not allowed here");
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, reason).into());
+                }
+            }
+        }
+        Ok(message)
+    }
+
+    fn resolve(self) -> Result<Options, OptionsError> {
+        if !self.config_body.is_empty() {
+            let text = String::from_utf8_lossy(&self.config_body);
+            return Options::from_toml(&text, "containerd's configuration");
+        }
+        if self.config_path.is_empty() {
+            return Ok(Options::default());
+        }
+        let path = PathBuf::from(self.config_path);
+        let read = || -> io::Result<String> {
+            if fs::metadata(&path)?.len() > MAX_FILE {
+                return Err(io::Error::other(format!("it has more than {MAX_FILE} bytes")));
+            }
+            fs::read_to_string(&path)
+        };
+        match read() {
+            Ok(text) => Options::from_toml(&text, &path.display().to_string()),
+            Err(source) => Err(OptionsError::Read { path, source }),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn message(type_url: &str, path: &str, body: &str) -> Any {
+        let mut value = Vec::new();
+        for (field, text) in [(1u8, "toml"), (2, path), (3, body)] {
+            if !text.is_empty() {
+                value.extend([field << 3 | 2, u8::try_from(text.len()).unwrap()]);
+                value.extend(text.as_bytes());
+            }
+        }
+        Any { type_url: type_url.to_owned(), value, ..Default::default() }
+    }
+
+    #[test]
+    fn no_options_are_the_defaults() {
+        assert_eq!(Options::from_any(None).unwrap(), Options::default());
+        assert_eq!(
+            Options::from_any(Some(&message("runtimeoptions.v1.Options", "", ""))).unwrap(),
+            Options::default()
+        );
+        assert_eq!(Options::from_extensions(&[]).unwrap(), Options::default());
+    }
+
+    #[test]
+    fn toml_comes_in_the_message_or_by_its_path() {
+        let text = "image_dir = \"/images\"\nlog_level = \"debug\"\nignore_missing_controllers = true";
+        let body =
+            Options::from_any(Some(&message("type.googleapis.com/runtimeoptions.v1.Options", "", text)))
+                .unwrap();
+        assert_eq!(body.image_dir, Path::new("/images"));
+        assert_eq!(body.log_level, LogLevel::Debug);
+        assert!(body.ignore_missing_controllers);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), text).unwrap();
+        let path = file.path().to_str().unwrap();
+        assert_eq!(Options::from_any(Some(&message("runtimeoptions.v1.Options", path, ""))).unwrap(), body);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let error =
+            Options::from_toml("criu_path = \"/usr/bin/criu\"", "/etc/x.toml").unwrap_err().to_string();
+        assert!(error.contains("/etc/x.toml") && error.contains("criu_path"), "{error}");
+    }
+
+    #[test]
+    fn a_wrong_value_is_named() {
+        for (text, word) in [
+            ("image_dir = 3", "image_dir"),
+            ("log_level = \"loud\"", "loud"),
+            ("image_dir = \"images\"", "image_dir"),
+            ("criu_binary = \"bin/criu\"", "criu_binary"),
+            ("criu_binary = \"\"", "criu_binary"),
+        ] {
+            let error = Options::from_toml(text, "here").unwrap_err().to_string();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let missing = message("runtimeoptions.v1.Options", "/nonexistent/shim.toml", "");
+        let error = Options::from_any(Some(&missing)).unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/shim.toml"), "{error}");
+    }
+
+    #[test]
+    fn options_of_containerds_runc_shim_are_taken_or_refused_by_name() {
+        let runc = |options: &RuncOptions| Any {
+            type_url: RUNC.to_owned(),
+            value: options.write_to_bytes().unwrap(),
+            ..Default::default()
+        };
+        let taken =
+            RuncOptions { binary_name: "/usr/sbin/runc".into(), systemd_cgroup: true, ..Default::default() };
+        let options = Options::from_any(Some(&runc(&taken))).unwrap();
+        assert_eq!(options.runc_binary, Path::new("/usr/sbin/runc"));
+        assert!(options.systemd_cgroup);
+        let refused = RuncOptions { no_pivot_root: true, ..Default::default() };
+        let error = Options::from_any(Some(&runc(&refused))).unwrap_err().to_string();
+        assert!(error.contains("NoPivotRoot"), "{error}");
+        let foreign = Any { type_url: "io.kata.Options".into(), value: vec![1], ..Default::default() };
+        assert!(matches!(Options::from_any(Some(&foreign)), Err(OptionsError::UnknownType(_))));
+    }
+
+    #[test]
+    fn what_is_kept_in_the_bundle_is_read_again() {
+        let bundle = tempfile::tempdir().unwrap();
+        assert_eq!(Options::load(bundle.path()).unwrap(), Options::default());
+        let options = Options { image_dir: "/elsewhere".into(), ..Options::default() };
+        options.save(bundle.path()).unwrap();
+        assert_eq!(Options::load(bundle.path()).unwrap(), options);
+    }
+
+    proptest! {
+        /// Whatever bytes come, decoding ends with options or an error.
+        #[test]
+        fn arbitrary_bytes_never_panic(value in prop::collection::vec(any::<u8>(), 0..200)) {
+            let any = Any { type_url: "runtimeoptions.v1.Options".into(), value, ..Default::default() };
+            let _ = Options::from_any(Some(&any));
+        }
+    }
+}
