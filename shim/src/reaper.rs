@@ -92,10 +92,7 @@ impl State {
 
     /// Takes the last unwatched exit of `pid` after `mark`.
     fn take_unclaimed(&mut self, pid: Pid, mark: u64) -> Option<ProcessExit> {
-        let index = self
-            .unclaimed
-            .iter()
-            .rposition(|(number, of, _)| *of == pid && *number > mark)?;
+        let index = self.unclaimed.iter().rposition(|(number, of, _)| *of == pid && *number > mark)?;
         self.unclaimed.remove(index).map(|(_, _, exit)| exit)
     }
 }
@@ -159,9 +156,7 @@ impl Reaper {
     /// When the handler of SIGCHLD cannot be installed.
     pub fn start() -> io::Result<Self> {
         let mut children = signal(SignalKind::child())?;
-        let reaper = Self {
-            state: Arc::default(),
-        };
+        let reaper = Self { state: Arc::default() };
         // Children that ended before the handler was there send no further signal.
         reaper.reap();
         let of_loop = reaper.clone();
@@ -184,10 +179,7 @@ impl Reaper {
                         (None, Some(signal)) => Exit::Signal(signal),
                         (None, None) => continue,
                     };
-                    let exit = ProcessExit {
-                        status,
-                        at: SystemTime::now(),
-                    };
+                    let exit = ProcessExit { status, at: SystemTime::now() };
                     state.reaped(pid, exit);
                 }
                 Err(Errno::INTR) => {}
@@ -200,10 +192,7 @@ impl Reaper {
     pub fn mark(&self) -> Mark {
         let mut state = lock(&self.state);
         state.marks += 1;
-        Mark {
-            at: state.reaped,
-            state: Arc::clone(&self.state),
-        }
+        Mark { at: state.reaped, state: Arc::clone(&self.state) }
     }
 
     /// Watches a process that the shim did not spawn itself, and that was made after `mark`. An exit since the mark
@@ -229,10 +218,7 @@ impl Reaper {
         };
         drop(state);
         drop(mark);
-        ExitWatch {
-            exit,
-            _state: Arc::clone(&self.state),
-        }
+        ExitWatch { exit, _state: Arc::clone(&self.state) }
     }
 
     /// Spawns `command`; the lock keeps the child from being reaped before it is watched.
@@ -246,10 +232,7 @@ impl Reaper {
             .ok()
             .and_then(Pid::from_raw)
             .ok_or_else(|| io::Error::other("the new child has no valid pid"))?;
-        let exit = ExitWatch {
-            exit: state.watch(pid),
-            _state: Arc::clone(&self.state),
-        };
+        let exit = ExitWatch { exit: state.watch(pid), _state: Arc::clone(&self.state) };
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
         Ok((child, pid, pidfd, exit))
     }
@@ -259,11 +242,7 @@ impl criu_hooks::spawn::Spawner for Reaper {
     fn spawn(&self, mut command: Command) -> io::Result<Child> {
         // The handle is dropped: it would offer to wait.
         let (_, pid, pidfd, exit) = self.spawn_watched(&mut command)?;
-        Ok(Child {
-            pid,
-            pidfd,
-            exit: Box::pin(async move { Ok(exit.await.status) }),
-        })
+        Ok(Child { pid, pidfd, exit: Box::pin(async move { Ok(exit.await.status) }) })
     }
 }
 
@@ -271,9 +250,8 @@ impl criu_hooks::spawn::Spawner for Reaper {
 impl runc::Spawner for Reaper {
     async fn execute(&self, command: runc::Command) -> runc::Result<(ExitStatus, u32, String, String)> {
         let mut command = command.into_std();
-        let (mut child, _, _, mut exit) = self
-            .spawn_watched(&mut command)
-            .map_err(runc::error::Error::ProcessSpawnFailed)?;
+        let (mut child, _, _, mut exit) =
+            self.spawn_watched(&mut command).map_err(runc::error::Error::ProcessSpawnFailed)?;
         // The command holds the child's ends of the pipes.
         drop(command);
         let invalid = runc::error::Error::InvalidCommand;
@@ -295,12 +273,7 @@ impl runc::Spawner for Reaper {
             Exit::Code(code) => (code & 0xff) << 8,
             Exit::Signal(signal) => signal,
         };
-        Ok((
-            ExitStatus::from_raw(raw),
-            child.id(),
-            stdout.into_text(),
-            stderr.into_text(),
-        ))
+        Ok((ExitStatus::from_raw(raw), child.id(), stdout.into_text(), stderr.into_text()))
     }
 }
 
@@ -312,10 +285,7 @@ struct Output {
 
 impl Output {
     fn new(fd: Option<OwnedFd>) -> io::Result<Self> {
-        Ok(Self {
-            pipe: fd.map(pipe::Receiver::from_owned_fd).transpose()?,
-            bytes: Vec::new(),
-        })
+        Ok(Self { pipe: fd.map(pipe::Receiver::from_owned_fd).transpose()?, bytes: Vec::new() })
     }
 
     fn is_open(&self) -> bool {

@@ -16,11 +16,8 @@ use super::*;
 fn reaper() -> &'static (Runtime, Reaper) {
     static REAPER: OnceLock<(Runtime, Reaper)> = OnceLock::new();
     REAPER.get_or_init(|| {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let guard = runtime.enter();
         let reaper = Reaper::start().unwrap();
         drop(guard);
@@ -29,11 +26,7 @@ fn reaper() -> &'static (Runtime, Reaper) {
 }
 
 fn run<T>(future: impl Future<Output = T>) -> T {
-    reaper().0.block_on(async {
-        timeout(Duration::from_mins(1), future)
-            .await
-            .expect("the test hangs")
-    })
+    reaper().0.block_on(async { timeout(Duration::from_mins(1), future).await.expect("the test hangs") })
 }
 
 fn sh(script: &str) -> Command {
@@ -44,10 +37,7 @@ fn sh(script: &str) -> Command {
 
 async fn execute(script: &str) -> (ExitStatus, String, String) {
     let mut command = runc::Command::from(sh(script));
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let (status, _, stdout, stderr) = runc::Spawner::execute(&reaper().1, command).await.unwrap();
     (status, stdout, stderr)
 }
@@ -59,10 +49,7 @@ async fn adopt(script: &str) -> Pid {
     let directory = tempfile::tempdir().unwrap();
     let pid_file = directory.path().join("pid");
     let script = format!("echo $$ > {}; {script}", pid_file.display());
-    execute(&format!(
-        "exec setsid --fork sh -c '{script}' >/dev/null 2>&1 </dev/null"
-    ))
-    .await;
+    execute(&format!("exec setsid --fork sh -c '{script}' >/dev/null 2>&1 </dev/null")).await;
     loop {
         match std::fs::read_to_string(&pid_file) {
             Ok(pid) if pid.ends_with('\n') => return Pid::from_raw(pid.trim().parse().unwrap()).unwrap(),
@@ -82,9 +69,7 @@ fn hundreds_of_children_each_get_their_own_exit() {
                 format!("exit {}", number % 200)
             };
             let child = reaper().1.spawn(sh(&script)).unwrap();
-            waits.push(tokio::spawn(
-                async move { (number % 200, child.exit.await.unwrap()) },
-            ));
+            waits.push(tokio::spawn(async move { (number % 200, child.exit.await.unwrap()) }));
         }
         for wait in waits {
             let (code, exit) = wait.await.unwrap();
@@ -100,22 +85,8 @@ fn a_signal_is_reported_as_128_and_its_number() {
         rustix::process::pidfd_send_signal(&child.pidfd, rustix::process::Signal::KILL).unwrap();
         let status = child.exit.await.unwrap();
         assert_eq!(status, Exit::Signal(9));
-        assert_eq!(
-            ProcessExit {
-                status,
-                at: SystemTime::now()
-            }
-            .code(),
-            137
-        );
-        assert_eq!(
-            ProcessExit {
-                status: Exit::Code(42),
-                at: SystemTime::now()
-            }
-            .code(),
-            42
-        );
+        assert_eq!(ProcessExit { status, at: SystemTime::now() }.code(), 137);
+        assert_eq!(ProcessExit { status: Exit::Code(42), at: SystemTime::now() }.code(), 42);
     });
 }
 
@@ -134,13 +105,7 @@ fn an_adopted_process_that_ended_before_its_claim_is_found() {
         let mark = reaper().1.mark();
         let pid = adopt("exit 42").await;
         tokio::time::sleep(Duration::from_millis(100)).await;
-        assert!(
-            lock(&reaper().1.state)
-                .unclaimed
-                .iter()
-                .any(|(_, of, _)| *of == pid),
-            "not reaped yet"
-        );
+        assert!(lock(&reaper().1.state).unclaimed.iter().any(|(_, of, _)| *of == pid), "not reaped yet");
         let exit = reaper().1.claim(pid, mark).await;
         assert_eq!(exit.code(), 42);
     });
@@ -180,21 +145,12 @@ fn many_adopted_processes_claimed_at_any_moment_keep_their_exits() {
 #[test]
 fn an_exit_before_the_mark_belongs_to_another_process() {
     let pid = Pid::from_raw(77).unwrap();
-    let exit = ProcessExit {
-        status: Exit::Code(1),
-        at: SystemTime::now(),
-    };
-    let mut state = State {
-        marks: 1,
-        ..State::default()
-    };
+    let exit = ProcessExit { status: Exit::Code(1), at: SystemTime::now() };
+    let mut state = State { marks: 1, ..State::default() };
     state.reaped(pid, exit);
     let mark = state.reaped;
     assert_eq!(state.take_unclaimed(pid, mark), None);
-    let later = ProcessExit {
-        status: Exit::Code(2),
-        at: SystemTime::now(),
-    };
+    let later = ProcessExit { status: Exit::Code(2), at: SystemTime::now() };
     state.reaped(pid, later);
     assert_eq!(state.take_unclaimed(pid, mark), Some(later));
 }
@@ -202,10 +158,7 @@ fn an_exit_before_the_mark_belongs_to_another_process() {
 #[test]
 fn unwatched_exits_are_kept_only_under_a_mark_and_bounded() {
     let pid = Pid::from_raw(77).unwrap();
-    let exit = ProcessExit {
-        status: Exit::Code(1),
-        at: SystemTime::now(),
-    };
+    let exit = ProcessExit { status: Exit::Code(1), at: SystemTime::now() };
     let mut state = State::default();
     state.reaped(pid, exit);
     assert!(state.unclaimed.is_empty());
@@ -215,10 +168,7 @@ fn unwatched_exits_are_kept_only_under_a_mark_and_bounded() {
     }
     assert_eq!(state.unclaimed.len(), MAX_UNCLAIMED);
     let shared = Arc::new(Mutex::new(state));
-    drop(Mark {
-        at: 0,
-        state: Arc::clone(&shared),
-    });
+    drop(Mark { at: 0, state: Arc::clone(&shared) });
     assert!(lock(&shared).unclaimed.is_empty());
 }
 
@@ -240,9 +190,6 @@ fn a_process_left_behind_with_the_pipes_does_not_hold_the_command_up() {
         let (status, stdout, _) = execute("echo before; sleep 3 & exit 0").await;
         assert!(status.success());
         assert_eq!(stdout, "before\n");
-        assert!(
-            started.elapsed() < Duration::from_secs(2),
-            "waited for the process left behind"
-        );
+        assert!(started.elapsed() < Duration::from_secs(2), "waited for the process left behind");
     });
 }

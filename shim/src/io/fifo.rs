@@ -1,0 +1,176 @@
+//! containerd's FIFO for standard input.
+
+use std::{io, os::fd::OwnedFd, path::Path, sync::Arc};
+
+use rustix::fs::{Mode, OFlags};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::{Notify, watch},
+};
+
+use super::{IoError, terminal::Master};
+
+/// Bytes that are copied at once.
+const CHUNK: usize = 8 * 1024;
+
+/// Opens a FIFO so that it neither blocks nor breaks, whoever comes and goes at its other end.
+pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// Registers an owned descriptor with the runtime.
+pub(super) fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an owned descriptor stays open, and the same, until the registration that owns it is dropped.
+    let registered = unsafe { AsyncFd::register_with_interest(fd, interest) };
+    Ok(registered?)
+}
+
+/// Reads once, when there is something.
+pub(super) async fn read(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        let mut ready = fd.readable().await?;
+        match ready.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut *buffer)?)) {
+            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Ok(result) => return result,
+            Err(_would_block) => {}
+        }
+    }
+}
+
+/// Writes everything.
+pub(super) async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let mut ready = fd.writable().await?;
+        match ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), bytes)?)) {
+            Ok(Ok(written)) => bytes = &bytes[written..],
+            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_would_block) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Standard input: the FIFO, held at both ends until it is closed.
+pub(super) struct Input {
+    fifo: Arc<AsyncFd<OwnedFd>>,
+    closed: Arc<Closed>,
+}
+
+/// Whether a client has closed the input.
+#[derive(Default)]
+struct Closed {
+    flag: std::sync::atomic::AtomicBool,
+    changed: Notify,
+}
+
+impl Closed {
+    fn is_set(&self) -> bool {
+        self.flag.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
+impl Input {
+    /// Opens `path`; none for an empty one.
+    pub(super) fn open(path: &str) -> Result<Option<Self>, IoError> {
+        if path.is_empty() {
+            return Ok(None);
+        }
+        let failed = |source| IoError::Open { stream: "stdin", uri: path.to_owned(), source };
+        let fifo = open(Path::new(path)).and_then(|fd| watched(fd, Interest::READABLE)).map_err(failed)?;
+        Ok(Some(Self { fifo: Arc::new(fifo), closed: Arc::default() }))
+    }
+
+    /// Ends the input when what is in the FIFO has been passed on.
+    pub(super) fn close(&self) {
+        self.closed.flag.store(true, std::sync::atomic::Ordering::SeqCst);
+        self.closed.changed.notify_one();
+    }
+
+    /// Completes when there are bytes, or a close, that nobody has taken yet.
+    pub(super) async fn waiting(&self) {
+        loop {
+            // Holding both ends, we see no hang-up: readable means bytes.
+            let Ok(mut ready) = self.fifo.readable().await else { return std::future::pending().await };
+            if rustix::io::ioctl_fionread(self.fifo.get_ref()).is_ok_and(|bytes| bytes > 0) {
+                return;
+            }
+            ready.clear_ready();
+        }
+    }
+
+    /// Takes the next bytes; none at the end. Waits while the process sleeps.
+    async fn next(
+        fifo: &AsyncFd<OwnedFd>,
+        closed: &Closed,
+        asleep: &mut watch::Receiver<bool>,
+        buffer: &mut [u8],
+    ) -> Option<usize> {
+        loop {
+            asleep.wait_for(|asleep| !asleep).await.ok()?;
+            if closed.is_set() {
+                // What a client wrote before it closed is still in the FIFO.
+                return match rustix::io::read(fifo.get_ref(), &mut *buffer) {
+                    Ok(read) if read > 0 => Some(read),
+                    _ => None,
+                };
+            }
+            tokio::select! {
+                biased;
+                () = closed.changed.notified() => {}
+                // To fall asleep takes the input away from the copying, not from the FIFO.
+                Ok(_) = asleep.wait_for(|asleep| *asleep) => {}
+                read = read(fifo, buffer) => return read.ok().filter(|read| *read > 0),
+            }
+        }
+    }
+
+    /// Copies to the process's pipe.
+    pub(super) fn copy_to_pipe(
+        &self,
+        pipe: OwnedFd,
+        mut asleep: watch::Receiver<bool>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let (fifo, closed) = (self.fifo.clone(), self.closed.clone());
+        async move {
+            let Ok(pipe) = watched(pipe, Interest::WRITABLE) else { return };
+            let mut buffer = vec![0; CHUNK];
+            while let Some(read) = Self::next(&fifo, &closed, &mut asleep, &mut buffer).await {
+                if write_all(&pipe, &buffer[..read]).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Copies to the process's terminal, whichever it has at the time.
+    pub(super) fn copy_to_terminal(
+        &self,
+        mut master: watch::Receiver<Option<Master>>,
+        mut asleep: watch::Receiver<bool>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let (fifo, closed) = (self.fifo.clone(), self.closed.clone());
+        async move {
+            let mut buffer = vec![0; CHUNK];
+            while let Some(read) = Self::next(&fifo, &closed, &mut asleep, &mut buffer).await {
+                let mut rest = &buffer[..read];
+                while !rest.is_empty() {
+                    let Ok(current) = master.wait_for(Option::is_some).await.map(|master| master.clone())
+                    else {
+                        return;
+                    };
+                    let Some(current) = current else { continue };
+                    tokio::select! {
+                        written = current.write(rest) => match written {
+                            Ok(written) => rest = &rest[written..],
+                            // The terminal is gone; the next one gets the rest.
+                            Err(_) => if master.changed().await.is_err() { return },
+                        },
+                        changed = master.changed() => if changed.is_err() { return },
+                    }
+                }
+            }
+        }
+    }
+}
