@@ -2,4 +2,8 @@
 //!
 //! Knows CRIU, OCI specs and cgroup v2; knows neither containerd nor Kubernetes.
 
+pub mod cgroup;
+pub mod criu;
+pub mod procfs;
+mod readiness;
 pub mod spawn;
