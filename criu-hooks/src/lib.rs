@@ -4,6 +4,7 @@
 
 pub mod cgroup;
 pub mod criu;
+pub mod image;
 pub mod procfs;
 mod readiness;
 pub mod spawn;
