@@ -3,6 +3,7 @@
 //! Knows CRIU, OCI specs and cgroup v2; knows neither containerd nor Kubernetes.
 
 pub mod cgroup;
+pub mod container;
 pub mod criu;
 pub mod image;
 pub mod procfs;

@@ -28,6 +28,7 @@ pub use error::Error;
 pub use manifest::{Facts, FileEntry, MANIFEST_VERSION, MAX_MANIFEST, Manifest, Versions};
 pub use store::Store;
 pub use writer::ImageWriter;
+pub(crate) use writer::Revoker;
 
 /// The directory of a generation that holds what CRIU wrote.
 const IMAGES: &str = "img";

@@ -86,6 +86,7 @@ fn a_revoked_image_is_none() {
     writer.complete(facts()).unwrap();
     writer.revoke().unwrap();
     assert!(store.latest("k8s.io", "agent").unwrap().is_none());
+    assert!(writer.complete(facts()).is_err(), "revoked for good");
     let path = writer.path().to_owned();
     drop(writer);
     assert!(!path.exists());

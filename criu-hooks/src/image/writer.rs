@@ -5,7 +5,7 @@ use std::{
     io::Write,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -22,18 +22,33 @@ use super::{
 /// The name of a manifest that is not yet whole.
 const UNFINISHED: &str = ".manifest.json.tmp";
 
+/// How far an image has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    Complete,
+    /// Never to be completed, whoever may still be about to.
+    Revoked,
+}
+
 /// A new generation. Dropping it before it is complete removes it.
 #[derive(Debug)]
 pub struct ImageWriter {
+    generation: Arc<Generation>,
+}
+
+/// What outlives the writer while a thread still reads files.
+#[derive(Debug)]
+struct Generation {
     path: PathBuf,
     namespace: String,
     container: String,
-    generation: u64,
+    number: u64,
     parent: OwnedFd,
     directory: OwnedFd,
     images: OwnedFd,
     work: OwnedFd,
-    complete: AtomicBool,
+    state: Mutex<State>,
 }
 
 impl ImageWriter {
@@ -56,42 +71,45 @@ impl ImageWriter {
                 return Err(error);
             }
         };
-        Ok(ImageWriter {
+        let generation = Generation {
             path: parent_path.join(name),
             namespace: namespace.to_owned(),
             container: container.to_owned(),
-            generation,
+            number: generation,
             parent,
             directory,
             images,
             work,
-            complete: AtomicBool::new(false),
+            state: Mutex::new(State::Open),
+        };
+        Ok(ImageWriter {
+            generation: Arc::new(generation),
         })
     }
 
     /// Its directory.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.generation.path
     }
 
     /// The number of this dump of the container.
     pub fn generation(&self) -> u64 {
-        self.generation
+        self.generation.number
     }
 
     /// Where CRIU writes its files.
     pub fn images_dir(&self) -> BorrowedFd<'_> {
-        self.images.as_fd()
+        self.generation.images.as_fd()
     }
 
     /// Where CRIU writes its logs.
     pub fn work_dir(&self) -> BorrowedFd<'_> {
-        self.work.as_fd()
+        self.generation.work.as_fd()
     }
 
     /// Whether the manifest is there.
     pub fn is_complete(&self) -> bool {
-        self.complete.load(Ordering::Acquire)
+        *self.generation.state() == State::Complete
     }
 
     /// Describes what CRIU wrote in the manifest, and puts it on the disk: from here on the image is one. Takes time in
@@ -100,34 +118,31 @@ impl ImageWriter {
     /// # Errors
     /// When a file cannot be read, or the manifest cannot be written; the image then stays incomplete.
     pub fn complete(&self, facts: Facts) -> Result<Manifest, Error> {
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let boot_id = crate::procfs::boot_id()
-            .map_err(|source| Error::io("read", Path::new("/proc/sys/kernel/random/boot_id"), source))?;
-        let manifest = Manifest {
-            version: MANIFEST_VERSION,
-            namespace: self.namespace.clone(),
-            container: self.container.clone(),
-            generation: self.generation,
-            boot_id,
-            created_unix_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
-            facts,
-            files: self.files()?,
-        };
-        self.write(&manifest)?;
-        self.complete.store(true, Ordering::Release);
-        Ok(manifest)
+        self.generation.complete(facts)
     }
 
-    /// Takes the completion back, when the processes run on after all: the image would be stale.
+    /// As [`ImageWriter::complete`], on another thread. When the future is dropped, the image may still become complete
+    /// until it is revoked.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::complete`].
+    pub async fn complete_in_background(&self, facts: Facts) -> Result<Manifest, Error> {
+        let generation = Arc::clone(&self.generation);
+        let done = tokio::task::spawn_blocking(move || generation.complete(facts)).await;
+        done.unwrap_or_else(|error| Err(Error::io("describe", self.path(), std::io::Error::other(error))))
+    }
+
+    /// Takes the completion back for good, when the processes run on after all: the image would be stale.
     ///
     /// # Errors
     /// When the manifest cannot be removed.
     pub fn revoke(&self) -> Result<(), Error> {
-        self.complete.store(false, Ordering::Release);
-        match rustix::fs::unlinkat(&self.directory, MANIFEST, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(error) => Err(Error::io("remove", &self.path.join(MANIFEST), error.into())),
-        }
+        self.generation.revoke()
+    }
+
+    /// Another hold of the same image, for those who must be able to revoke it after its writer is gone.
+    pub(crate) fn revoker(&self) -> Revoker {
+        Revoker(Arc::clone(&self.generation))
     }
 
     /// The finished image.
@@ -135,21 +150,74 @@ impl ImageWriter {
     /// # Errors
     /// [`Error::Missing`] when it is not complete.
     pub fn finish(self) -> Result<Image, Error> {
+        let generation = &self.generation;
+        let missing = || Error::Missing {
+            image: generation.path.clone(),
+            file: MANIFEST.to_owned(),
+        };
         if !self.is_complete() {
-            return Err(Error::Missing {
-                image: self.path.clone(),
-                file: MANIFEST.to_owned(),
-            });
+            return Err(missing());
         }
-        let parent = self
+        let parent = generation
             .parent
             .try_clone()
-            .map_err(|source| Error::io("open", &self.path, source))?;
-        super::store::open_image(parent, self.path.parent().unwrap_or(&self.path), self.generation)?
-            .ok_or_else(|| Error::Missing {
-                image: self.path.clone(),
-                file: MANIFEST.to_owned(),
-            })
+            .map_err(|source| Error::io("open", &generation.path, source))?;
+        let above = generation.path.parent().unwrap_or(&generation.path);
+        super::store::open_image(parent, above, generation.number)?.ok_or_else(missing)
+    }
+}
+
+/// Can take an image back.
+pub(crate) struct Revoker(Arc<Generation>);
+
+impl Revoker {
+    /// Revokes the image and removes it.
+    pub(crate) fn remove(&self) {
+        if let Err(error) = self.0.revoke() {
+            tracing::error!(%error, "a stale image could not be revoked");
+        }
+        self.0.remove();
+    }
+}
+
+impl Generation {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn complete(&self, facts: Facts) -> Result<Manifest, Error> {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let boot_id = crate::procfs::boot_id()
+            .map_err(|source| Error::io("read", Path::new("/proc/sys/kernel/random/boot_id"), source))?;
+        let manifest = Manifest {
+            version: MANIFEST_VERSION,
+            namespace: self.namespace.clone(),
+            container: self.container.clone(),
+            generation: self.number,
+            boot_id,
+            created_unix_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
+            facts,
+            files: self.files()?,
+        };
+        self.write(&manifest)
+            .map_err(|source| Error::io("write", &self.path.join(MANIFEST), source))?;
+        Ok(manifest)
+    }
+
+    fn revoke(&self) -> Result<(), Error> {
+        let mut state = self.state();
+        *state = State::Revoked;
+        match rustix::fs::unlinkat(&self.directory, MANIFEST, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(Error::io("remove", &self.path.join(MANIFEST), error.into())),
+        }
+    }
+
+    fn remove(&self) {
+        let name = self.number.to_string();
+        if let Err(error) = directory::remove_tree(self.parent.as_fd(), &name, &self.path) {
+            tracing::warn!(%error, "an incomplete image could not be removed");
+        }
     }
 
     fn files(&self) -> Result<Vec<FileEntry>, Error> {
@@ -184,33 +252,35 @@ impl ImageWriter {
         })
     }
 
-    fn write(&self, manifest: &Manifest) -> Result<(), Error> {
-        let path = self.path.join(MANIFEST);
-        let write = || -> std::io::Result<()> {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let mode = Mode::RUSR | Mode::WUSR;
-            let mut file = File::from(rustix::fs::openat(&self.directory, UNFINISHED, flags, mode)?);
-            file.write_all(&serde_json::to_vec(manifest)?)?;
-            file.sync_all()?;
-            rustix::fs::renameat(&self.directory, UNFINISHED, &self.directory, MANIFEST)?;
-            rustix::fs::fsync(&self.directory)?;
-            Ok(())
-        };
-        write().map_err(|source| {
-            // After a failed fsync of the directory the manifest may stand or not: it must not.
+    fn write(&self, manifest: &Manifest) -> std::io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let mut file = File::from(rustix::fs::openat(&self.directory, UNFINISHED, flags, mode)?);
+        file.write_all(&serde_json::to_vec(manifest)?)?;
+        file.sync_all()?;
+        let mut state = self.state();
+        if *state == State::Revoked {
+            let _ = rustix::fs::unlinkat(&self.directory, UNFINISHED, AtFlags::empty());
+            return Err(std::io::Error::other("the image was revoked"));
+        }
+        rustix::fs::renameat(&self.directory, UNFINISHED, &self.directory, MANIFEST)?;
+        if let Err(error) = rustix::fs::fsync(&self.directory) {
+            // The manifest may be on the disk or not: it must not be.
             let _ = rustix::fs::unlinkat(&self.directory, MANIFEST, AtFlags::empty());
-            Error::io("write", &path, source)
-        })
+            return Err(error.into());
+        }
+        *state = State::Complete;
+        Ok(())
     }
 }
 
 impl Drop for ImageWriter {
     fn drop(&mut self) {
-        if !self.is_complete() {
-            let name = self.generation.to_string();
-            if let Err(error) = directory::remove_tree(self.parent.as_fd(), &name, &self.path) {
-                tracing::warn!(%error, "an incomplete image could not be removed");
-            }
+        let mut state = self.generation.state();
+        if *state != State::Complete {
+            *state = State::Revoked;
+            drop(state);
+            self.generation.remove();
         }
     }
 }
