@@ -5,6 +5,7 @@
 pub mod cgroup;
 pub mod container;
 pub mod criu;
+pub mod engine;
 pub mod image;
 pub mod procfs;
 mod readiness;

@@ -8,7 +8,7 @@ use std::{
     io::{self, IoSliceMut},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
@@ -93,9 +93,10 @@ pub enum Error {
 pub struct Launch<'a> {
     /// The program.
     pub binary: &'a Path,
-    /// The cgroup that CRIU enters before it runs, and makes the root of a new cgroup namespace: what it restores is
-    /// then in that cgroup and sees nothing above it.
+    /// The cgroup that CRIU enters before it runs: what it restores is then in that cgroup.
     pub cgroup: Option<&'a Cgroup>,
+    /// CRIU makes its cgroup the root of a new cgroup namespace: what it restores then sees nothing above it.
+    pub new_cgroup_namespace: bool,
     /// Namespaces that CRIU joins before it runs.
     pub join: Vec<(OwnedFd, LinkNameSpaceType)>,
     /// Descriptors that CRIU inherits under the numbers that they have here.
@@ -108,6 +109,7 @@ impl<'a> Launch<'a> {
         Launch {
             binary,
             cgroup: None,
+            new_cgroup_namespace: false,
             join: Vec::new(),
             inherit: Vec::new(),
         }
@@ -158,7 +160,8 @@ impl Session {
         let mut inherited = launch.inherit;
         inherited.push(theirs);
         let join = launch.join;
-        let enter = move || enter(procs.as_ref(), &join, &inherited);
+        let unshare = launch.new_cgroup_namespace.then_some(UnshareFlags::NEWCGROUP);
+        let enter = move || enter(procs.as_ref(), unshare, &join, &inherited);
         // SAFETY: the closure runs in the child between fork and exec; it makes system calls only, on descriptors
         // that it owns, and neither allocates nor locks.
         unsafe { command.pre_exec(enter) };
@@ -224,6 +227,11 @@ impl Session {
     /// # Errors
     /// When the exit status cannot be had.
     pub async fn finish(mut self) -> io::Result<Exit> {
+        self.hang_up().await
+    }
+
+    /// As [`Session::finish`], for a session that stays with its owner: it may be broken off and called again.
+    pub(crate) async fn hang_up(&mut self) -> io::Result<Exit> {
         rustix::net::shutdown(self.socket.get_ref(), rustix::net::Shutdown::Both).ok();
         self.await_exit().await
     }
@@ -333,6 +341,7 @@ impl Drop for Session {
 /// What the child does between fork and exec. System calls only.
 fn enter(
     procs: Option<&OwnedFd>,
+    unshare: Option<UnshareFlags>,
     join: &[(OwnedFd, LinkNameSpaceType)],
     inherited: &[OwnedFd],
 ) -> io::Result<()> {
@@ -341,8 +350,10 @@ fn enter(
     }
     if let Some(procs) = procs {
         rustix::io::write(procs, b"0")?;
-        // SAFETY: a new cgroup namespace changes no memory, descriptor table or working directory of this process.
-        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP)? };
+    }
+    if let Some(flags) = unshare {
+        // SAFETY: the flags name namespaces only, so no memory, descriptor table or working directory changes.
+        unsafe { rustix::thread::unshare_unsafe(flags)? };
     }
     for descriptor in inherited {
         rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
@@ -385,11 +396,6 @@ fn ended(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
     )
-}
-
-/// The number under which `descriptor`, once inherited, is known to CRIU.
-pub(crate) fn number(descriptor: &OwnedFd) -> RawFd {
-    descriptor.as_raw_fd()
 }
 
 #[cfg(test)]

@@ -214,8 +214,8 @@ async fn a_child_gets_its_own_end_and_what_it_inherits_and_nothing_else() {
     let binary = fake.directory.path().join("criu");
     let (kept, _other) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
     let (_leak, inherited) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-    let key = fs::read_link(format!("/proc/self/fd/{}", number(&inherited))).unwrap();
-    let secret = fs::read_link(format!("/proc/self/fd/{}", number(&kept))).unwrap();
+    let key = fs::read_link(format!("/proc/self/fd/{}", inherited.as_raw_fd())).unwrap();
+    let secret = fs::read_link(format!("/proc/self/fd/{}", kept.as_raw_fd())).unwrap();
     let mut launch = Launch::new(&binary);
     launch.inherit.push(inherited);
     let session = Session::start(&LocalSpawner, launch).unwrap();
