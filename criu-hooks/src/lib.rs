@@ -2,4 +2,11 @@
 //!
 //! Knows CRIU, OCI specs and cgroup v2; knows neither containerd nor Kubernetes.
 
+pub mod cgroup;
+pub mod container;
+pub mod criu;
+pub mod engine;
+pub mod image;
+pub mod procfs;
+mod readiness;
 pub mod spawn;

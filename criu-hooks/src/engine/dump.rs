@@ -1,0 +1,434 @@
+//! Dumping.
+//!
+//! The order is what keeps an agent from being lost: freeze; CRIU writes; the manifest completes the image; the caller
+//! has the last word; only then does CRIU kill. Between the last word and the end the cgroup is frozen again, so that
+//! even when CRIU dies in the middle of the kill nothing has run past the image.
+
+use std::{
+    os::fd::AsRawFd,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use rustix::{fd::OwnedFd, process::Pid};
+
+use super::{DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts, request};
+use crate::{
+    cgroup::{self, Cgroup},
+    container::{self, Blocker, Container, Namespace},
+    criu::{
+        self, Event, HookError, Launch, NotifyHooks, Session,
+        rpc::{Criu_req, Criu_req_type},
+    },
+    image::{self, Facts, ImageWriter, Revoker},
+    procfs,
+    spawn::ExitFuture,
+};
+
+const LOG: &str = "dump.log";
+
+/// How a dump is to be made.
+#[derive(Debug, Clone)]
+pub struct DumpOptions {
+    /// The processes run on after the dump.
+    pub leave_running: bool,
+    /// Established TCP connections are closed; without it they make the dump fail.
+    pub tcp_close: bool,
+    /// File locks are dumped; without it they make the dump fail.
+    pub file_locks: bool,
+    /// The largest deleted file that is dumped, in bytes.
+    pub ghost_limit: u32,
+    /// How long the processes may take to stand still.
+    pub freeze_timeout: Duration,
+    /// How long CRIU may take. Grows with the memory of the container: about half a second a GiB on a fast disk.
+    pub timeout: Duration,
+    /// How much CRIU logs: 2 for errors and warnings, 4 for everything.
+    pub log_level: u8,
+}
+
+impl Default for DumpOptions {
+    fn default() -> DumpOptions {
+        DumpOptions {
+            leave_running: false,
+            tcp_close: false,
+            file_locks: true,
+            ghost_limit: 64 * 1024 * 1024,
+            freeze_timeout: Duration::from_secs(2),
+            timeout: Duration::from_mins(1),
+            log_level: 2,
+        }
+    }
+}
+
+/// What a dump came to.
+#[derive(Debug, Default)]
+pub struct DumpReport {
+    /// From the call to the end.
+    pub total: Duration,
+    /// How long the processes stood still before they were killed, or ran on.
+    pub stopped: Duration,
+    /// The bytes of the image.
+    pub image_bytes: u64,
+    /// What descriptors 0, 1 and 2 of the first process were: a restore needs something in place of each pipe.
+    pub stdio: [Option<String>; 3],
+    /// The network namespace, when it was the container's own: it lives as long as this is open, and the restore needs
+    /// it.
+    pub network: Option<OwnedFd>,
+}
+
+/// Why there is no image. In each case the processes run on as before.
+#[derive(Debug, thiserror::Error)]
+pub enum DumpError {
+    /// There is nothing to dump.
+    #[error("process {0} does not run in the container's cgroup")]
+    NotRunning(Pid),
+    /// A look at the container showed that it must not be tried.
+    #[error("the container cannot be dumped now: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Blocked(Vec<Blocker>),
+    /// The container could not be looked at.
+    #[error(transparent)]
+    Container(#[from] container::Error),
+    /// The cgroup could not be frozen or thawed.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// The image could not be described.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// The caller's hook called it off.
+    #[error("the dump was called off: {0}")]
+    Vetoed(HookError),
+    /// CRIU failed.
+    #[error("the dump failed: {0}")]
+    Criu(Failure),
+    /// CRIU did not come to an end.
+    #[error("the dump was given up after {} s: {}", .after.as_secs(), reason.as_ref().map_or_else(|| "no reason in CRIU's log".to_owned(), ToString::to_string))]
+    Timeout {
+        /// How long it was waited for.
+        after: Duration,
+        /// What CRIU's log says.
+        reason: Option<criu::log::Reason>,
+    },
+}
+
+impl Engine {
+    /// Dumps the container whose first process is `init` into `writer`'s image. The cgroup may be frozen or not. After
+    /// success no process is left in the cgroup (unless they are to run on), which stays, thawed.
+    ///
+    /// # Errors
+    /// See [`DumpError`]; on every one of them the processes run on, thawed, and the image is revoked.
+    pub async fn dump(
+        &self,
+        container: &Container,
+        init: Pid,
+        writer: &ImageWriter,
+        options: &DumpOptions,
+        hooks: &mut dyn DumpHooks,
+    ) -> Result<DumpReport, DumpError> {
+        let started = Instant::now();
+        if !procfs::alive(init) || !container.cgroup.procs()?.contains(&init) {
+            return Err(DumpError::NotRunning(init));
+        }
+        let mut attempt = Attempt {
+            cgroup: container.cgroup.clone(),
+            session: None,
+            dying: None,
+            last_alive: None,
+            revoker: Some(writer.revoker()),
+            in_background: false,
+        };
+        container.cgroup.freeze(options.freeze_timeout).await?;
+        let frozen = Instant::now();
+        let job = Job {
+            container,
+            init,
+            writer,
+            options,
+        };
+        let mut report = DumpReport::default();
+        if let Err(error) = self
+            .try_dump(&mut attempt, &job, hooks, frozen, &mut report)
+            .await
+        {
+            match attempt.settle().await {
+                End::RunsOn => return Err(error),
+                End::Dead => tracing::warn!(%error, "CRIU failed while it killed what it had dumped"),
+            }
+        }
+        if !options.leave_running {
+            empty(&container.cgroup).await?;
+        }
+        container.cgroup.thaw().await?;
+        attempt.revoker = None;
+        report.stopped = frozen.elapsed();
+        report.total = started.elapsed();
+        Ok(report)
+    }
+
+    /// From the frozen cgroup to CRIU's success.
+    async fn try_dump(
+        &self,
+        attempt: &mut Attempt,
+        job: &Job<'_>,
+        hooks: &mut dyn DumpHooks,
+        frozen: Instant,
+        report: &mut DumpReport,
+    ) -> Result<(), DumpError> {
+        let Job {
+            container,
+            init,
+            writer,
+            options,
+        } = *job;
+        let blockers = container.blockers(init)?;
+        if !blockers.is_empty() {
+            return Err(DumpError::Blocked(blockers));
+        }
+        let look = |source| container::Error::Process { pid: init, source };
+        report.stdio = procfs::stdio_keys(init).map_err(look)?;
+        let request = prepare(job, report)?;
+        let join = join_cgroup_namespace(container, init).map_err(look)?;
+        let failed = |error| DumpError::Criu(Failure::new(error, writer.work_dir(), LOG));
+
+        let launch = Launch {
+            join,
+            ..Launch::new(&self.criu)
+        };
+        let session = attempt
+            .session
+            .insert(Session::start(&*self.spawner, launch).map_err(failed)?);
+        let mut notify = Notify {
+            writer,
+            cgroup: &container.cgroup,
+            options,
+            facts: Facts {
+                spec_digest: container.spec_digest.clone(),
+                init_pid: init.as_raw_nonzero().get(),
+                cgroup: container.cgroup.path().to_string_lossy().into_owned(),
+                stdio: report.stdio.clone(),
+                stopped_us: 0,
+                versions: self.versions.clone(),
+            },
+            frozen,
+            last_alive: &mut attempt.last_alive,
+            hooks,
+            image_bytes: 0,
+            refusal: None,
+        };
+        let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
+        report.image_bytes = notify.image_bytes;
+        match (outcome, notify.refusal) {
+            (Ok(Ok(_)), _) => {}
+            (Ok(Err(_)), Some(refusal)) => return Err(refusal),
+            (Ok(Err(error)), None) => return Err(failed(error)),
+            (Err(_elapsed), _) => {
+                let reason = criu::log::read_reason(writer.work_dir(), LOG).unwrap_or_default();
+                return Err(DumpError::Timeout {
+                    after: options.timeout,
+                    reason,
+                });
+            }
+        }
+        if let Some(session) = attempt.session.take() {
+            let _ = session.finish().await;
+        }
+        Ok(())
+    }
+}
+
+/// What is to be dumped, where to, and how.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    container: &'a Container,
+    init: Pid,
+    writer: &'a ImageWriter,
+    options: &'a DumpOptions,
+}
+
+/// The request for a dump. The network namespace goes into the report when it is the container's own.
+fn prepare(job: &Job<'_>, report: &mut DumpReport) -> Result<Criu_req, DumpError> {
+    let Job {
+        container,
+        init,
+        writer,
+        options,
+    } = *job;
+    let look = |source| container::Error::Process { pid: init, source };
+    let mut request = request(Criu_req_type::DUMP, LOG, options.log_level, options.timeout);
+    let opts = request.opts.mut_or_insert_default();
+    opts.set_pid(init.as_raw_nonzero().get());
+    opts.set_images_dir_fd(writer.images_dir().as_raw_fd());
+    opts.set_work_dir_fd(writer.work_dir().as_raw_fd());
+    opts.set_root(container.rootfs.to_string_lossy().into_owned());
+    opts.set_leave_running(options.leave_running);
+    opts.set_tcp_close(options.tcp_close);
+    opts.set_file_locks(options.file_locks);
+    opts.set_link_remap(true);
+    opts.set_ghost_limit(options.ghost_limit);
+    opts.set_freeze_cgroup(container.cgroup.path().to_string_lossy().into_owned());
+    opts.ext_mnt = ext_mounts(container.live_mounts(init)?);
+
+    let network = procfs::namespace(init, "net").map_err(look)?;
+    let own = procfs::namespace(rustix::process::getpid(), "net").map_err(look)?;
+    if network != own {
+        opts.external.push(format!("net[{network}]:{NETWORK_KEY}"));
+        if container.namespaces.network == Namespace::Private {
+            report.network = Some(open_namespace(init, "net").map_err(look)?);
+        }
+    }
+    Ok(request)
+}
+
+/// CRIU works inside the container's cgroup namespace, as it does at the restore.
+fn join_cgroup_namespace(
+    container: &Container,
+    init: Pid,
+) -> std::io::Result<Vec<(OwnedFd, rustix::thread::LinkNameSpaceType)>> {
+    if container.namespaces.cgroup == Namespace::Inherited {
+        return Ok(Vec::new());
+    }
+    let kind = rustix::thread::LinkNameSpaceType::ControlGroup;
+    Ok(vec![(open_namespace(init, "cgroup")?, kind)])
+}
+
+fn open_namespace(pid: Pid, name: &str) -> std::io::Result<OwnedFd> {
+    Ok(std::fs::File::open(format!("/proc/{pid}/ns/{name}"))?.into())
+}
+
+/// Sees to it that nothing is left in a cgroup whose processes were dumped.
+async fn empty(cgroup: &Cgroup) -> Result<(), cgroup::Error> {
+    if cgroup.wait_unpopulated(Duration::from_secs(1)).await.is_ok() {
+        return Ok(());
+    }
+    cgroup.kill()?;
+    cgroup.wait_unpopulated(DEATH_TIMEOUT).await
+}
+
+/// What became of the processes of a dump that went wrong.
+enum End {
+    /// They run on.
+    RunsOn,
+    /// The kill had begun: they are dead, and the image is the agent now.
+    Dead,
+}
+
+/// What must be put right when a dump goes wrong or is given up.
+struct Attempt {
+    cgroup: Cgroup,
+    session: Option<Session>,
+    /// The end of a CRIU that was killed.
+    dying: Option<ExitFuture>,
+    /// Who lived, all of them frozen, at the moment after which CRIU was free to kill.
+    last_alive: Option<Vec<Pid>>,
+    /// `None` once there is nothing to put right.
+    revoker: Option<Revoker>,
+    in_background: bool,
+}
+
+impl Attempt {
+    /// Ends CRIU. When a process was killed, the others follow; otherwise they run on and the image is void. May be
+    /// broken off and called again.
+    async fn settle(&mut self) -> End {
+        if self.last_alive.is_some()
+            && let Some(session) = self.session.as_mut()
+        {
+            // Left alone it either finishes the kill or, with nobody to talk to, lets the processes run on.
+            let _ = session.hang_up().await;
+        }
+        if let Some(session) = self.session.take() {
+            self.dying = session.kill();
+        }
+        if let Some(dying) = self.dying.as_mut() {
+            let _ = tokio::time::timeout(DEATH_TIMEOUT, dying).await;
+            self.dying = None;
+        }
+        let was_killed = self
+            .last_alive
+            .as_ref()
+            .is_some_and(|pids| !pids.iter().all(|pid| procfs::alive(*pid)));
+        if was_killed {
+            if let Err(error) = empty(&self.cgroup).await {
+                tracing::error!(%error, "what was dumped cannot be killed");
+            }
+            self.revoker = None;
+            return End::Dead;
+        }
+        if let Some(revoker) = self.revoker.take() {
+            revoker.remove();
+        }
+        if let Err(error) = self.cgroup.thaw().await {
+            tracing::error!(%error, "the container could not be thawed after a dump that failed");
+        }
+        End::RunsOn
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if self.revoker.is_none() {
+            return;
+        }
+        if self.last_alive.is_none() {
+            self.dying = self.session.take().and_then(Session::kill);
+            let _ = self.cgroup.thaw_now();
+        }
+        let runtime = tokio::runtime::Handle::try_current();
+        if let (Ok(runtime), false) = (runtime, self.in_background) {
+            // CRIU may still be at work for a moment: see to the rest after it has ended.
+            let mut rest = Attempt {
+                cgroup: self.cgroup.clone(),
+                session: self.session.take(),
+                dying: self.dying.take(),
+                last_alive: self.last_alive.take(),
+                revoker: self.revoker.take(),
+                in_background: true,
+            };
+            runtime.spawn(async move { rest.settle().await });
+        }
+    }
+}
+
+/// Completes the image and asks the caller, while CRIU waits.
+struct Notify<'a> {
+    writer: &'a ImageWriter,
+    cgroup: &'a Cgroup,
+    options: &'a DumpOptions,
+    facts: Facts,
+    frozen: Instant,
+    last_alive: &'a mut Option<Vec<Pid>>,
+    hooks: &'a mut dyn DumpHooks,
+    image_bytes: u64,
+    refusal: Option<DumpError>,
+}
+
+impl Notify<'_> {
+    async fn post_dump(&mut self) -> Result<(), DumpError> {
+        if !self.options.leave_running {
+            // CRIU thawed the cgroup when it had every process in its grip. Frozen again, they stand still even when
+            // it lets go of them by dying.
+            self.cgroup.freeze(self.options.freeze_timeout).await?;
+        }
+        let mut facts = self.facts.clone();
+        facts.stopped_us = u64::try_from(self.frozen.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let manifest = self.writer.complete_in_background(facts).await?;
+        self.image_bytes = manifest.files.iter().map(|file| file.size).sum();
+        if !self.options.leave_running {
+            self.hooks.before_kill().await.map_err(DumpError::Vetoed)?;
+            *self.last_alive = Some(self.cgroup.procs()?);
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl NotifyHooks for Notify<'_> {
+    async fn notify(&mut self, event: Event) -> Result<(), HookError> {
+        if matches!(event, Event::PostDump)
+            && let Err(refusal) = self.post_dump().await
+        {
+            let words = refusal.to_string();
+            self.refusal = Some(refusal);
+            return Err(words.into());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,404 @@
+//! Restoring.
+//!
+//! The image outlives every failure: nothing here writes to it but the log, and what a failed restore has made is
+//! killed with its cgroup. So a restore can be tried again.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use rustix::process::Pid;
+
+use super::{
+    DEATH_TIMEOUT, Engine, Failure, NETWORK_KEY, RestoreHooks, ext_mounts, request, rootfs::RootMount,
+};
+use crate::{
+    cgroup::{self, Cgroup},
+    container::{Container, Namespace},
+    criu::{
+        self, Event, HookError, Launch, NotifyHooks, Session,
+        rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
+    },
+    image::{self, Expected, Image},
+    spawn::{ExitFuture, Spawner},
+};
+
+const LOG: &str = "restore.log";
+
+/// A descriptor that takes the place of one that the processes had.
+#[derive(Debug)]
+pub struct InheritFd {
+    /// What it stands for: `pipe:[1234]`, or the path of a file without its leading slash.
+    pub key: String,
+    /// The descriptor.
+    pub fd: OwnedFd,
+}
+
+/// How a restore is to be made.
+#[derive(Debug)]
+pub struct RestoreOptions {
+    /// As at the dump.
+    pub tcp_close: bool,
+    /// As at the dump.
+    pub file_locks: bool,
+    /// Take files whose permissions have changed.
+    pub skip_file_mode_check: bool,
+    /// The network namespace, where the specification does not name one: from [`super::DumpReport::network`].
+    pub network: Option<OwnedFd>,
+    /// How long CRIU may take.
+    pub timeout: Duration,
+    /// How much CRIU logs: 2 for errors and warnings, 4 for everything.
+    pub log_level: u8,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> RestoreOptions {
+        RestoreOptions {
+            tcp_close: false,
+            file_locks: true,
+            skip_file_mode_check: true,
+            network: None,
+            timeout: Duration::from_mins(1),
+            log_level: 2,
+        }
+    }
+}
+
+/// A container that runs again.
+#[derive(Debug)]
+pub struct Restored {
+    /// Its first process, a child of this process.
+    pub pid: Pid,
+    /// The new master of its terminal, when it had one.
+    pub console: Option<OwnedFd>,
+    /// From the call to the end.
+    pub total: Duration,
+}
+
+/// Why a container does not run again. The image is untouched, and nothing else is left.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The image is not as it was, or not the container's.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// The container's cgroup has processes already.
+    #[error("the container already has processes in its cgroup {}", .0.display())]
+    Running(PathBuf),
+    /// The cgroup is gone or cannot be used.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// A volume is not there.
+    #[error("{} cannot be mounted at {} of the container: {source}", path.display(), target.display())]
+    Volume {
+        /// The path on the host.
+        path: PathBuf,
+        /// Where it belongs.
+        target: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A namespace to join is not there.
+    #[error("the container's {name} namespace {} is gone: {source}", path.display())]
+    Namespace {
+        /// "network", "ipc" or "uts".
+        name: &'static str,
+        /// Where it was.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The container's own network namespace was not kept.
+    #[error("the container's network namespace was not kept open while it was asleep")]
+    NetworkLost,
+    /// The root file system cannot be made ready.
+    #[error("cannot mount the root file system {}: {source}", path.display())]
+    Rootfs {
+        /// The root file system.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// CRIU failed, or a hook called it off.
+    #[error("the restore failed: {0}")]
+    Criu(Failure),
+    /// CRIU did not come to an end.
+    #[error("the restore was given up after {} s: {}", .after.as_secs(), reason.as_ref().map_or_else(|| "no reason in CRIU's log".to_owned(), ToString::to_string))]
+    Timeout {
+        /// How long it was waited for.
+        after: Duration,
+        /// What CRIU's log says.
+        reason: Option<criu::log::Reason>,
+    },
+}
+
+impl Engine {
+    /// Restores `container`, of the containerd namespace `namespace`, from `image`. `inherit` stands in for pipes and
+    /// files that the processes had from outside. The first process becomes a child of this process, and is reaped by
+    /// whoever reaps its children.
+    ///
+    /// # Errors
+    /// See [`RestoreError`]; on every one of them nothing of the container runs and the image can be tried again.
+    pub async fn restore(
+        &self,
+        namespace: &str,
+        container: &Container,
+        image: &Image,
+        options: &RestoreOptions,
+        inherit: Vec<InheritFd>,
+        hooks: &mut dyn RestoreHooks,
+    ) -> Result<Restored, RestoreError> {
+        let started = Instant::now();
+        let spec_digest = &container.spec_digest;
+        image.verify(&Expected {
+            namespace,
+            container: &container.id,
+            spec_digest,
+        })?;
+        if container.cgroup.populated()? {
+            return Err(RestoreError::Running(container.cgroup.path().to_owned()));
+        }
+        container.cgroup.thaw().await?;
+        for external in &container.external_mounts {
+            rustix::fs::stat(&external.source).map_err(|error| RestoreError::Volume {
+                path: external.source.clone(),
+                target: external.target.clone(),
+                source: error.into(),
+            })?;
+        }
+        let root =
+            RootMount::new(&container.rootfs, &container.bundle).map_err(|source| RestoreError::Rootfs {
+                path: container.rootfs.clone(),
+                source,
+            })?;
+        let mut attempt = Attempt {
+            cgroup: container.cgroup.clone(),
+            spawner: Arc::clone(&self.spawner),
+            root: Some(root),
+            session: None,
+            dying: None,
+            created: None,
+            failed: true,
+            in_background: false,
+        };
+        let result = self
+            .try_restore(&mut attempt, container, image, options, inherit, hooks)
+            .await;
+        match result {
+            Ok((pid, console)) => {
+                attempt.failed = false;
+                Ok(Restored {
+                    pid,
+                    console,
+                    total: started.elapsed(),
+                })
+            }
+            Err(error) => {
+                attempt.settle().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// From the mounted root file system to processes that run.
+    async fn try_restore(
+        &self,
+        attempt: &mut Attempt,
+        container: &Container,
+        image: &Image,
+        options: &RestoreOptions,
+        inherit: Vec<InheritFd>,
+        hooks: &mut dyn RestoreHooks,
+    ) -> Result<(Pid, Option<OwnedFd>), RestoreError> {
+        let mut launch = Launch::new(&self.criu);
+        launch.cgroup = Some(&container.cgroup);
+        launch.new_cgroup_namespace = container.namespaces.cgroup != Namespace::Inherited;
+        let mut request = request(Criu_req_type::RESTORE, LOG, options.log_level, options.timeout);
+        let opts = request.opts.mut_or_insert_default();
+        opts.set_images_dir_fd(image.images_dir().as_raw_fd());
+        opts.set_work_dir_fd(image.work_dir().as_raw_fd());
+        if let Some(root) = &attempt.root {
+            opts.set_root(root.path().to_string_lossy().into_owned());
+        }
+        opts.set_rst_sibling(true);
+        opts.set_evasive_devices(true);
+        opts.set_tcp_close(options.tcp_close);
+        opts.set_file_locks(options.file_locks);
+        opts.set_skip_file_rwx_check(options.skip_file_mode_check);
+        opts.ext_mnt = ext_mounts(container.mount_sources());
+        join_namespaces(&mut request, &mut launch, container, options)?;
+        for InheritFd { key, fd } in inherit {
+            inherit_as(&mut request, &mut launch, key, fd);
+        }
+
+        let failed = |error| RestoreError::Criu(Failure::new(error, image.work_dir(), LOG));
+        let session = attempt
+            .session
+            .insert(Session::start(&*self.spawner, launch).map_err(failed)?);
+        let mut notify = Notify {
+            hooks,
+            created: &mut attempt.created,
+            console: None,
+        };
+        let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
+        let console = notify.console;
+        let Ok(answered) = outcome else {
+            let reason = criu::log::read_reason(image.work_dir(), LOG).unwrap_or_default();
+            return Err(RestoreError::Timeout {
+                after: options.timeout,
+                reason,
+            });
+        };
+        let answer = answered.map_err(failed)?;
+        let pid = Pid::from_raw(answer.restore.pid())
+            .ok_or_else(|| failed(criu::Error::Protocol("a restore without a process".to_owned())))?;
+        // It is still in the container's cgroup: it must be gone before anybody counts the processes there.
+        if let Some(session) = attempt.session.take() {
+            let _ = session.finish().await;
+        }
+        Ok((pid, console))
+    }
+}
+
+/// Has CRIU join the namespaces that it does not make.
+fn join_namespaces(
+    request: &mut Criu_req,
+    launch: &mut Launch<'_>,
+    container: &Container,
+    options: &RestoreOptions,
+) -> Result<(), RestoreError> {
+    let gone = |name, path: &PathBuf| {
+        let path = path.clone();
+        move |source: io::Error| RestoreError::Namespace { name, path, source }
+    };
+    match &container.namespaces.network {
+        Namespace::Inherited => {}
+        Namespace::Joined(path) => {
+            let opened = File::open(path).map_err(gone("network", path))?;
+            inherit_as(request, launch, NETWORK_KEY.to_owned(), opened.into());
+        }
+        Namespace::Private => {
+            let kept = options.network.as_ref().and_then(|kept| kept.try_clone().ok());
+            let kept = kept.ok_or(RestoreError::NetworkLost)?;
+            inherit_as(request, launch, NETWORK_KEY.to_owned(), kept);
+        }
+    }
+    for (name, namespace) in [
+        ("ipc", &container.namespaces.ipc),
+        ("uts", &container.namespaces.uts),
+    ] {
+        if let Namespace::Joined(path) = namespace {
+            rustix::fs::stat(path).map_err(|error| gone(name, path)(error.into()))?;
+            let mut join = Join_namespace::new();
+            join.set_ns(name.to_owned());
+            join.set_ns_file(path.to_string_lossy().into_owned());
+            request.opts.mut_or_insert_default().join_ns.push(join);
+        }
+    }
+    Ok(())
+}
+
+/// Hands a descriptor to CRIU under a key.
+fn inherit_as(request: &mut Criu_req, launch: &mut Launch<'_>, key: String, fd: OwnedFd) {
+    let mut inherit = Inherit_fd::new();
+    inherit.set_key(key);
+    inherit.set_fd(fd.as_raw_fd());
+    request.opts.mut_or_insert_default().inherit_fd.push(inherit);
+    launch.inherit.push(fd);
+}
+
+/// What must be put right when a restore goes wrong or is given up.
+struct Attempt {
+    cgroup: Cgroup,
+    spawner: Arc<dyn Spawner>,
+    /// Unmounted when this is dropped, in any case.
+    root: Option<RootMount>,
+    session: Option<Session>,
+    dying: Option<ExitFuture>,
+    /// The first process, once there is one.
+    created: Option<Pid>,
+    failed: bool,
+    in_background: bool,
+}
+
+impl Attempt {
+    /// Kills CRIU and all that it has made. May be broken off and called again.
+    async fn settle(&mut self) {
+        if let Some(session) = self.session.take() {
+            self.dying = session.kill();
+        }
+        let killed = self.cgroup.kill();
+        if let Some(dying) = self.dying.as_mut() {
+            let _ = tokio::time::timeout(DEATH_TIMEOUT, dying).await;
+            self.dying = None;
+        }
+        // What CRIU had made in its last moment.
+        let killed = killed.and_then(|()| self.cgroup.kill());
+        if let Some(pid) = self.created.take() {
+            self.spawner.adopt(pid);
+        }
+        let gone = match killed {
+            Ok(()) => self.cgroup.wait_unpopulated(DEATH_TIMEOUT).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = gone {
+            tracing::error!(%error, "what a failed restore had made cannot be killed");
+        }
+        self.failed = false;
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if !self.failed {
+            return;
+        }
+        self.dying = self.session.take().and_then(Session::kill);
+        let _ = self.cgroup.kill();
+        let runtime = tokio::runtime::Handle::try_current();
+        if let (Ok(runtime), false) = (runtime, self.in_background) {
+            let mut rest = Attempt {
+                cgroup: self.cgroup.clone(),
+                spawner: Arc::clone(&self.spawner),
+                root: self.root.take(),
+                session: None,
+                dying: self.dying.take(),
+                created: self.created.take(),
+                failed: true,
+                in_background: true,
+            };
+            runtime.spawn(async move { rest.settle().await });
+        }
+    }
+}
+
+/// Passes CRIU's notifications on.
+struct Notify<'a> {
+    hooks: &'a mut dyn RestoreHooks,
+    created: &'a mut Option<Pid>,
+    console: Option<OwnedFd>,
+}
+
+#[async_trait]
+impl NotifyHooks for Notify<'_> {
+    async fn notify(&mut self, event: Event) -> Result<(), HookError> {
+        match event {
+            Event::SetupNamespaces { pid: Some(pid) } => {
+                *self.created = Some(pid);
+                self.hooks.created(pid).await
+            }
+            Event::OrphanPtsMaster { master } => {
+                self.console = Some(master);
+                Ok(())
+            }
+            // The last moment at which CRIU heeds a refusal.
+            Event::PostRestore { pid: Some(pid) } => self.hooks.before_resume(pid).await,
+            _ => Ok(()),
+        }
+    }
+}

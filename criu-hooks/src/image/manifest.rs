@@ -1,0 +1,144 @@
+//! What an image says of itself.
+
+use std::{collections::HashSet, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Error, Expected};
+
+/// The version of the manifest that this program writes, and the only one that it reads.
+pub const MANIFEST_VERSION: u32 = 1;
+
+/// The longest manifest that is read, in bytes.
+pub const MAX_MANIFEST: u64 = 4 * 1024 * 1024;
+
+/// A complete description of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// See [`MANIFEST_VERSION`].
+    pub version: u32,
+    /// The containerd namespace of the container.
+    pub namespace: String,
+    /// The container's id.
+    pub container: String,
+    /// The number of this dump of the container.
+    pub generation: u64,
+    /// The boot of the machine during which the dump was made.
+    pub boot_id: String,
+    /// When the manifest was written, in milliseconds since 1970.
+    pub created_unix_ms: u64,
+    /// What the caller knew.
+    pub facts: Facts,
+    /// CRIU's files.
+    pub files: Vec<FileEntry>,
+}
+
+/// What the maker of a dump knows about it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Facts {
+    /// The digest of the container's OCI spec, see [`super::digest`].
+    pub spec_digest: String,
+    /// The first process of the container at the dump.
+    pub init_pid: i32,
+    /// The cgroup of the container.
+    pub cgroup: String,
+    /// What descriptors 0, 1 and 2 of the first process were, as `/proc/PID/fd` names them.
+    pub stdio: [Option<String>; 3],
+    /// How long the processes had stood still when the image was complete, in microseconds.
+    pub stopped_us: u64,
+    /// The programs that made it.
+    pub versions: Versions,
+}
+
+/// The programs that made an image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Versions {
+    /// CRIU's, "4.2.1".
+    pub criu: String,
+    /// The kernel's release.
+    pub kernel: String,
+    /// runc's, empty when it had no part.
+    pub runc: String,
+    /// This crate's.
+    pub engine: String,
+}
+
+/// One file of CRIU's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// Its name.
+    pub name: String,
+    /// Its bytes.
+    pub size: u64,
+    /// The digest of its contents; memory pages have none, for hashing them would take longer than restoring them.
+    pub sha256: Option<String>,
+}
+
+impl Manifest {
+    /// Reads a manifest. `path` is for errors.
+    ///
+    /// # Errors
+    /// When it is of another version, or anything in it is not as this program writes it.
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Manifest, Error> {
+        #[derive(Deserialize)]
+        struct OnlyVersion {
+            version: u64,
+        }
+        let invalid = |why: String| Error::ManifestInvalid {
+            path: path.to_owned(),
+            why,
+        };
+        let OnlyVersion { version } =
+            serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
+        if version != u64::from(MANIFEST_VERSION) {
+            return Err(Error::UnknownVersion {
+                path: path.to_owned(),
+                found: version,
+            });
+        }
+        let manifest: Manifest = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
+        let mut seen = HashSet::new();
+        for file in &manifest.files {
+            let name = &file.name;
+            let plain = !name.is_empty() && name.len() <= 255 && name != "." && name != "..";
+            if !plain || name.contains(['/', '\0']) {
+                return Err(invalid(format!("{name:?} is not the name of a file")));
+            }
+            if !seen.insert(name) {
+                return Err(invalid(format!("{name:?} is listed twice")));
+            }
+            if file.sha256.is_none() && !is_pages(name) {
+                return Err(invalid(format!("{name:?} has no digest")));
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// Checks that the image is the one that is wanted. `path` is for errors.
+    pub(super) fn check_owner(&self, path: &Path, expected: &Expected<'_>) -> Result<(), Error> {
+        if (self.namespace.as_str(), self.container.as_str()) != (expected.namespace, expected.container) {
+            return Err(Error::ForeignContainer {
+                image: path.to_owned(),
+                expected: format!("{}/{}", expected.namespace, expected.container),
+                found: format!("{}/{}", self.namespace, self.container),
+            });
+        }
+        if self.facts.spec_digest != expected.spec_digest {
+            return Err(Error::ForeignSpec {
+                image: path.to_owned(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Whether CRIU keeps memory pages in the file `name`.
+pub(super) fn is_pages(name: &str) -> bool {
+    name.strip_prefix("pages-")
+        .and_then(|rest| rest.strip_suffix(".img"))
+        .is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}

@@ -1,0 +1,197 @@
+//! Images on disk: one directory a dump, complete only when its manifest is there.
+//!
+//! ```text
+//! <root>/<namespace>/<container>/<generation>/
+//!     img/            what CRIU wrote
+//!     work/           CRIU's logs
+//!     manifest.json   written last: what is in img/, and whose it is
+//! ```
+//! CRIU trusts its images as it trusts its own program, so everything here is root's alone, is opened without
+//! following links, and is checked against the manifest before CRIU reads it.
+
+mod directory;
+mod error;
+mod manifest;
+mod store;
+mod writer;
+
+use std::{
+    io::Read,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::FileType;
+use sha2::{Digest, Sha256};
+
+pub use error::Error;
+pub use manifest::{Facts, FileEntry, MANIFEST_VERSION, MAX_MANIFEST, Manifest, Versions};
+pub use store::Store;
+pub use writer::ImageWriter;
+pub(crate) use writer::Revoker;
+
+/// The directory of a generation that holds what CRIU wrote.
+const IMAGES: &str = "img";
+/// The directory of a generation that holds CRIU's logs.
+const WORK: &str = "work";
+/// The file whose presence makes an image complete.
+const MANIFEST: &str = "manifest.json";
+
+/// Whose image is wanted.
+#[derive(Debug, Clone, Copy)]
+pub struct Expected<'a> {
+    /// The containerd namespace.
+    pub namespace: &'a str,
+    /// The container's id.
+    pub container: &'a str,
+    /// The digest of its OCI spec, see [`digest`].
+    pub spec_digest: &'a str,
+}
+
+/// A complete image.
+#[derive(Debug)]
+pub struct Image {
+    path: PathBuf,
+    parent: OwnedFd,
+    images: OwnedFd,
+    work: OwnedFd,
+    manifest: Manifest,
+}
+
+impl Image {
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What its manifest says; only [`Image::verify`] shows that it is true.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The directory with CRIU's files.
+    pub fn images_dir(&self) -> BorrowedFd<'_> {
+        self.images.as_fd()
+    }
+
+    /// The directory with CRIU's logs.
+    pub fn work_dir(&self) -> BorrowedFd<'_> {
+        self.work.as_fd()
+    }
+
+    /// How many bytes CRIU's files have, by the manifest.
+    pub fn bytes(&self) -> u64 {
+        self.manifest.files.iter().map(|file| file.size).sum()
+    }
+
+    /// Checks that the image is the container's own, of this boot of the machine, and that each file is as it was
+    /// when the dump ended: sizes of all, contents of all but the memory pages.
+    ///
+    /// # Errors
+    /// One that names the file, or says whose the image is.
+    pub fn verify(&self, expected: &Expected<'_>) -> Result<(), Error> {
+        self.manifest.check_owner(&self.path, expected)?;
+        let boot = crate::procfs::boot_id()
+            .map_err(|source| Error::io("read", Path::new("/proc/sys/kernel/random/boot_id"), source))?;
+        if self.manifest.boot_id != boot {
+            return Err(Error::OtherBoot {
+                image: self.path.clone(),
+            });
+        }
+        for name in directory::names(self.images.as_fd(), &self.path.join(IMAGES))? {
+            if !self.manifest.files.iter().any(|file| file.name == name) {
+                return Err(Error::Unlisted {
+                    image: self.path.clone(),
+                    file: name,
+                });
+            }
+        }
+        self.manifest
+            .files
+            .iter()
+            .try_for_each(|file| self.verify_file(file))
+    }
+
+    fn verify_file(&self, entry: &FileEntry) -> Result<(), Error> {
+        let (image, file) = (self.path.clone(), entry.name.clone());
+        let path = self.path.join(IMAGES).join(&entry.name);
+        let opened = match directory::open_file(self.images.as_fd(), &entry.name) {
+            Ok(opened) => opened,
+            Err(rustix::io::Errno::NOENT) => return Err(Error::Missing { image, file }),
+            Err(rustix::io::Errno::LOOP) => return Err(Error::Altered { image, file }),
+            Err(error) => return Err(Error::io("open", &path, error.into())),
+        };
+        let stat = rustix::fs::fstat(&opened).map_err(|error| Error::io("stat", &path, error.into()))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(Error::Altered { image, file });
+        }
+        let found = u64::try_from(stat.st_size).unwrap_or_default();
+        match found.cmp(&entry.size) {
+            std::cmp::Ordering::Less => {
+                return Err(Error::Truncated {
+                    image,
+                    file,
+                    expected: entry.size,
+                    found,
+                });
+            }
+            std::cmp::Ordering::Greater => {
+                return Err(Error::Grown {
+                    image,
+                    file,
+                    expected: entry.size,
+                    found,
+                });
+            }
+            std::cmp::Ordering::Equal => {}
+        }
+        if let Some(expected) = &entry.sha256 {
+            let found = digest_of(&mut std::fs::File::from(opened))
+                .map_err(|source| Error::io("read", &path, source))?;
+            if found != *expected {
+                return Err(Error::Altered { image, file });
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes it from the disk.
+    ///
+    /// # Errors
+    /// When a part of it cannot be removed; nothing outside it is touched, not even through a mount in it.
+    pub fn remove(self) -> Result<(), Error> {
+        let name = self.manifest.generation.to_string();
+        // Without its manifest a half-removed image is incomplete, never damaged.
+        directory::unlink_in(self.parent.as_fd(), &name, MANIFEST, &self.path)?;
+        directory::remove_tree(self.parent.as_fd(), &name, &self.path)
+    }
+}
+
+/// The SHA-256 of `bytes` in hexadecimal: for the OCI spec of a container.
+pub fn digest(bytes: &[u8]) -> String {
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+fn digest_of(reader: &mut impl Read) -> std::io::Result<String> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 128 * 1024];
+    loop {
+        match reader.read(&mut buffer)? {
+            0 => return Ok(hexadecimal(&hasher.finalize())),
+            length => hasher.update(&buffer[..length]),
+        }
+    }
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,286 @@
+//! An image that is being made.
+
+use std::{
+    fs::File,
+    io::Write,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use rustix::{
+    fs::{AtFlags, FileType, Mode, OFlags},
+    io::Errno,
+};
+
+use super::{
+    Error, Facts, FileEntry, IMAGES, Image, MANIFEST, MANIFEST_VERSION, Manifest, WORK, digest_of, directory,
+    manifest::is_pages,
+};
+
+/// The name of a manifest that is not yet whole.
+const UNFINISHED: &str = ".manifest.json.tmp";
+
+/// How far an image has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    Complete,
+    /// Never to be completed, whoever may still be about to.
+    Revoked,
+}
+
+/// A new generation. Dropping it before it is complete removes it.
+#[derive(Debug)]
+pub struct ImageWriter {
+    generation: Arc<Generation>,
+}
+
+/// What outlives the writer while a thread still reads files.
+#[derive(Debug)]
+struct Generation {
+    path: PathBuf,
+    namespace: String,
+    container: String,
+    number: u64,
+    parent: OwnedFd,
+    directory: OwnedFd,
+    images: OwnedFd,
+    work: OwnedFd,
+    state: Mutex<State>,
+}
+
+impl ImageWriter {
+    /// Makes the directory of `generation` in `parent`.
+    pub(super) fn create(
+        parent: OwnedFd,
+        parent_path: &Path,
+        namespace: &str,
+        container: &str,
+        generation: u64,
+    ) -> Result<ImageWriter, Errno> {
+        let name = generation.to_string();
+        let directory = directory::make(parent.as_fd(), &name)?;
+        let inside = directory::make(directory.as_fd(), IMAGES)
+            .and_then(|images| Ok((images, directory::make(directory.as_fd(), WORK)?)));
+        let (images, work) = match inside {
+            Ok(inside) => inside,
+            Err(error) => {
+                let _ = directory::remove_tree(parent.as_fd(), &name, parent_path);
+                return Err(error);
+            }
+        };
+        let generation = Generation {
+            path: parent_path.join(name),
+            namespace: namespace.to_owned(),
+            container: container.to_owned(),
+            number: generation,
+            parent,
+            directory,
+            images,
+            work,
+            state: Mutex::new(State::Open),
+        };
+        Ok(ImageWriter {
+            generation: Arc::new(generation),
+        })
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.generation.path
+    }
+
+    /// The number of this dump of the container.
+    pub fn generation(&self) -> u64 {
+        self.generation.number
+    }
+
+    /// Where CRIU writes its files.
+    pub fn images_dir(&self) -> BorrowedFd<'_> {
+        self.generation.images.as_fd()
+    }
+
+    /// Where CRIU writes its logs.
+    pub fn work_dir(&self) -> BorrowedFd<'_> {
+        self.generation.work.as_fd()
+    }
+
+    /// Whether the manifest is there.
+    pub fn is_complete(&self) -> bool {
+        *self.generation.state() == State::Complete
+    }
+
+    /// Describes what CRIU wrote in the manifest, and puts it on the disk: from here on the image is one. Takes time in
+    /// proportion to the files, memory pages apart.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or the manifest cannot be written; the image then stays incomplete.
+    pub fn complete(&self, facts: Facts) -> Result<Manifest, Error> {
+        self.generation.complete(facts)
+    }
+
+    /// As [`ImageWriter::complete`], on another thread. When the future is dropped, the image may still become complete
+    /// until it is revoked.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::complete`].
+    pub async fn complete_in_background(&self, facts: Facts) -> Result<Manifest, Error> {
+        let generation = Arc::clone(&self.generation);
+        let done = tokio::task::spawn_blocking(move || generation.complete(facts)).await;
+        done.unwrap_or_else(|error| Err(Error::io("describe", self.path(), std::io::Error::other(error))))
+    }
+
+    /// Takes the completion back for good, when the processes run on after all: the image would be stale.
+    ///
+    /// # Errors
+    /// When the manifest cannot be removed.
+    pub fn revoke(&self) -> Result<(), Error> {
+        self.generation.revoke()
+    }
+
+    /// Another hold of the same image, for those who must be able to revoke it after its writer is gone.
+    pub(crate) fn revoker(&self) -> Revoker {
+        Revoker(Arc::clone(&self.generation))
+    }
+
+    /// The finished image.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when it is not complete.
+    pub fn finish(self) -> Result<Image, Error> {
+        let generation = &self.generation;
+        let missing = || Error::Missing {
+            image: generation.path.clone(),
+            file: MANIFEST.to_owned(),
+        };
+        if !self.is_complete() {
+            return Err(missing());
+        }
+        let parent = generation
+            .parent
+            .try_clone()
+            .map_err(|source| Error::io("open", &generation.path, source))?;
+        let above = generation.path.parent().unwrap_or(&generation.path);
+        super::store::open_image(parent, above, generation.number)?.ok_or_else(missing)
+    }
+}
+
+/// Can take an image back.
+pub(crate) struct Revoker(Arc<Generation>);
+
+impl Revoker {
+    /// Revokes the image and removes it.
+    pub(crate) fn remove(&self) {
+        if let Err(error) = self.0.revoke() {
+            tracing::error!(%error, "a stale image could not be revoked");
+        }
+        self.0.remove();
+    }
+}
+
+impl Generation {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn complete(&self, facts: Facts) -> Result<Manifest, Error> {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let boot_id = crate::procfs::boot_id()
+            .map_err(|source| Error::io("read", Path::new("/proc/sys/kernel/random/boot_id"), source))?;
+        let manifest = Manifest {
+            version: MANIFEST_VERSION,
+            namespace: self.namespace.clone(),
+            container: self.container.clone(),
+            generation: self.number,
+            boot_id,
+            created_unix_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
+            facts,
+            files: self.files()?,
+        };
+        self.write(&manifest)
+            .map_err(|source| Error::io("write", &self.path.join(MANIFEST), source))?;
+        Ok(manifest)
+    }
+
+    fn revoke(&self) -> Result<(), Error> {
+        let mut state = self.state();
+        *state = State::Revoked;
+        match rustix::fs::unlinkat(&self.directory, MANIFEST, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(Error::io("remove", &self.path.join(MANIFEST), error.into())),
+        }
+    }
+
+    fn remove(&self) {
+        let name = self.number.to_string();
+        if let Err(error) = directory::remove_tree(self.parent.as_fd(), &name, &self.path) {
+            tracing::warn!(%error, "an incomplete image could not be removed");
+        }
+    }
+
+    fn files(&self) -> Result<Vec<FileEntry>, Error> {
+        let path = self.path.join(IMAGES);
+        let mut names = directory::names(self.images.as_fd(), &path)?;
+        names.sort();
+        names.into_iter().map(|name| self.describe(name, &path)).collect()
+    }
+
+    fn describe(&self, name: String, path: &Path) -> Result<FileEntry, Error> {
+        let path = path.join(&name);
+        let fail = |error: Errno| Error::io("read", &path, error.into());
+        let opened = directory::open_file(self.images.as_fd(), &name).map_err(fail)?;
+        let stat = rustix::fs::fstat(&opened).map_err(fail)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(Error::Altered {
+                image: self.path.clone(),
+                file: name,
+            });
+        }
+        let sha256 = if is_pages(&name) {
+            None
+        } else {
+            let found =
+                digest_of(&mut File::from(opened)).map_err(|source| Error::io("read", &path, source))?;
+            Some(found)
+        };
+        Ok(FileEntry {
+            name,
+            size: u64::try_from(stat.st_size).unwrap_or_default(),
+            sha256,
+        })
+    }
+
+    fn write(&self, manifest: &Manifest) -> std::io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let mut file = File::from(rustix::fs::openat(&self.directory, UNFINISHED, flags, mode)?);
+        file.write_all(&serde_json::to_vec(manifest)?)?;
+        file.sync_all()?;
+        let mut state = self.state();
+        if *state == State::Revoked {
+            let _ = rustix::fs::unlinkat(&self.directory, UNFINISHED, AtFlags::empty());
+            return Err(std::io::Error::other("the image was revoked"));
+        }
+        rustix::fs::renameat(&self.directory, UNFINISHED, &self.directory, MANIFEST)?;
+        if let Err(error) = rustix::fs::fsync(&self.directory) {
+            // The manifest may be on the disk or not: it must not be.
+            let _ = rustix::fs::unlinkat(&self.directory, MANIFEST, AtFlags::empty());
+            return Err(error.into());
+        }
+        *state = State::Complete;
+        Ok(())
+    }
+}
+
+impl Drop for ImageWriter {
+    fn drop(&mut self) {
+        let mut state = self.generation.state();
+        if *state != State::Complete {
+            *state = State::Revoked;
+            drop(state);
+            self.generation.remove();
+        }
+    }
+}
