@@ -1,3 +1,169 @@
-//! Entry point.
+//! The node harness's command line: a node to look around in. Tests use the library behind it.
 
-fn main() {}
+use std::ffi::OsString;
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use agentcube_tests::node::{self, Entrance, Node, NodeError, NodeOptions};
+use agentcube_tests::{old_runc, rootfs};
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Runs container nodes (containerd, runc, CRIU) in namespaces of this machine")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Start a node and keep it until this command ends or `down` is called
+    Up {
+        /// Keep the images of sleeping agents in memory, not on disk
+        #[arg(long)]
+        images_in_memory: bool,
+        /// How much containerd and its shims log
+        #[arg(long, default_value = "info")]
+        log_level: String,
+        /// A file with the shim's options, in place of the default ones
+        #[arg(long)]
+        shim_toml: Option<PathBuf>,
+    },
+    /// Run a command on a node: exec [NODE] COMMAND…
+    Exec {
+        /// The node's name, which may be left out when only one is running, and the command
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<OsString>,
+    },
+    /// Open a shell on a node
+    Shell {
+        /// The node's name, which may be left out when only one is running
+        node: Option<String>,
+    },
+    /// End a node
+    Down {
+        /// The node's name, which may be left out when only one is running
+        node: Option<String>,
+    },
+    /// Build the node's root file system unless that is done, and print where it is
+    Rootfs,
+    #[command(hide = true)]
+    Supervise,
+    #[command(hide = true)]
+    Init { plan: String },
+    #[command(hide = true)]
+    Enter {
+        init: u32,
+        cgroup: PathBuf,
+        #[arg(required = true, last = true)]
+        argv: Vec<OsString>,
+    },
+}
+
+fn main() -> ExitCode {
+    let run = match Arguments::parse().verb {
+        Verb::Up {
+            images_in_memory,
+            log_level,
+            shim_toml,
+        } => up(!images_in_memory, log_level, shim_toml),
+        Verb::Exec { words } => exec(words),
+        Verb::Shell { node } => shell(node),
+        Verb::Down { node } => find(node)
+            .and_then(|entrance| Ok(node::down(&entrance)?))
+            .map(|()| 0),
+        Verb::Rootfs => build(),
+        Verb::Supervise => node::supervise().map(|()| 0).map_err(Into::into),
+        Verb::Init { plan } => node::init(&plan).map(|()| 0).map_err(Into::into),
+        Verb::Enter { init, cgroup, argv } => match node::enter(init, &cgroup, &argv) {
+            Ok(code) => Ok(code),
+            // As shells do: commands that can't be started have a status of their own.
+            Err(error) => {
+                eprintln!("{error}");
+                Ok(127)
+            }
+        },
+    };
+    match run {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)),
+        Err(error) => {
+            eprintln!("node: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn up(images_on_disk: bool, log_level: String, shim_toml: Option<PathBuf>) -> anyhow::Result<i32> {
+    let mut options = NodeOptions {
+        images_on_disk,
+        log_level,
+        ..NodeOptions::default()
+    };
+    if let Some(path) = shim_toml {
+        options.shim_toml =
+            std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    }
+    let mut node = Node::start(options)?;
+    println!("{}", node.name());
+    if std::io::stdout().is_terminal() {
+        eprintln!(
+            "The node is up until Ctrl-C. In another terminal: node exec ctr version, node shell, node down."
+        );
+    }
+    node.wait_for_end()?;
+    Ok(0)
+}
+
+fn exec(mut words: Vec<OsString>) -> anyhow::Result<i32> {
+    let first = words.first().and_then(|word| word.to_str()).unwrap_or_default();
+    let named = Entrance::all().into_iter().any(|entrance| entrance.name == first);
+    let node = named
+        .then(|| words.remove(0))
+        .and_then(|word| word.into_string().ok());
+    anyhow::ensure!(!words.is_empty(), "no command given");
+    run(&find(node)?, words)
+}
+
+fn shell(node: Option<String>) -> anyhow::Result<i32> {
+    run(&find(node)?, vec!["bash".into()])
+}
+
+/// Runs a command with this process's own stdio.
+fn run(entrance: &Entrance, words: Vec<OsString>) -> anyhow::Result<i32> {
+    Ok(node::NodeCommand::new(entrance.clone(), words).run_here()?)
+}
+
+fn find(node: Option<String>) -> anyhow::Result<Entrance> {
+    let mut running = Entrance::all();
+    if let Some(name) = node {
+        return running
+            .into_iter()
+            .find(|entrance| entrance.name == name)
+            .ok_or_else(|| NodeError::Unknown(name).into());
+    }
+    anyhow::ensure!(
+        running.len() < 2,
+        "several nodes are running, name one of them: {}",
+        running
+            .iter()
+            .map(|entrance| entrance.name.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
+    );
+    running
+        .pop()
+        .ok_or_else(|| NodeError::Unknown("at all".into()).into())
+}
+
+fn build() -> anyhow::Result<i32> {
+    println!("{}", rootfs::ensure()?.display());
+    for release in old_runc::RELEASES {
+        // Only a test of compatibility needs these, and it tells when it is skipped.
+        if let Err(why) = old_runc::ensure(release) {
+            eprintln!("{why}");
+        }
+    }
+    Ok(0)
+}

@@ -1,0 +1,82 @@
+//! containerd's configuration on a node. Starting and restarting it is in [`super::Node`].
+
+/// Where containerd reads its configuration.
+pub(super) const CONFIG: &str = "/etc/containerd/config.toml";
+
+/// Where the shim's options are, for `ctr run --runtime-config-path`.
+pub const SHIM_TOML: &str = "/etc/agentcube/shim.toml";
+
+/// The socket on which containerd answers.
+pub(super) const SOCKET: &str = "/run/containerd/containerd.sock";
+
+/// The network of pods that CRI starts.
+pub(super) const CNI: &str = r#"{
+  "cniVersion": "1.0.0",
+  "name": "pods",
+  "plugins": [{
+    "type": "bridge",
+    "bridge": "cni0",
+    "isGateway": true,
+    "ipMasq": false,
+    "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.88.0.0/16" }]], "routes": [{ "dst": "0.0.0.0/0" }] }
+  }]
+}
+"#;
+
+/// Where [`CNI`] goes.
+pub(super) const CNI_PATH: &str = "/etc/cni/net.d/10-pods.conflist";
+
+/// containerd's configuration: both runtimes, with the shim's options as they would stand on a real node.
+pub(super) fn config(shim_toml: &str, log_level: &str) -> String {
+    format!(
+        r#"version = 3
+
+[debug]
+level = "{log_level}"
+
+[plugins."io.containerd.cri.v1.images".pinned_images]
+sandbox = "localhost/pause:1"
+
+[plugins."io.containerd.cri.v1.runtime"]
+# Where CAP_SYS_RESOURCE or a controller is missing, pods run all the same.
+restrict_oom_score_adj = true
+disable_hugetlb_controller = true
+tolerate_missing_hugetlb_controller = true
+
+[plugins."io.containerd.cri.v1.runtime".cni]
+bin_dirs = ["/usr/lib/cni"]
+conf_dir = "/etc/cni/net.d"
+
+[plugins."io.containerd.cri.v1.runtime".containerd]
+default_runtime_name = "runc"
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.agentcube]
+runtime_type = "io.containerd.agentcube.v1"
+pod_annotations = ["agentcube.volcano.sh/*"]
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.agentcube.options]
+{shim_toml}
+"#
+    )
+}
+
+/// The last `count` lines of a text.
+pub(super) fn tail(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_is_the_last_lines_and_all_of_a_short_text() {
+        assert_eq!(tail("a\nb\nc\n", 2), "b\nc");
+        assert_eq!(tail("a\n", 2), "a");
+        assert_eq!(tail("", 2), "");
+    }
+}

@@ -1,0 +1,92 @@
+//! HTTP from the host to agents, through sockets made in the agent's network namespace.
+
+use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::thread;
+use std::time::Duration;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use super::error::{Doing as _, NodeError, Result};
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reply {
+    /// The status, such as 200.
+    pub status: u16,
+    /// The body.
+    pub body: String,
+}
+
+/// Connects from within a network namespace. The stream can then be used anywhere: sockets stay where they were made.
+///
+/// # Errors
+/// When nothing listens or `timeout` passes.
+pub fn connect(namespace: &OwnedFd, address: SocketAddr, timeout: Duration) -> Result<TcpStream> {
+    let doing = || format!("connecting to {address}");
+    // A thread of its own, because entering a namespace changes the thread for good.
+    let connected = thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            TcpStream::connect_timeout(&address, timeout)
+        });
+        inside
+            .join()
+            .unwrap_or_else(|_| Err(std::io::Error::other("the connecting thread panicked")))
+    });
+    let stream = connected.doing(doing)?;
+    stream.set_read_timeout(Some(timeout)).doing(doing)?;
+    stream.set_write_timeout(Some(timeout)).doing(doing)?;
+    stream.set_nodelay(true).doing(doing)?;
+    Ok(stream)
+}
+
+/// Sends one request over a fresh connection and reads the answer to the connection's end.
+///
+/// # Errors
+/// When the connection breaks or the answer is not HTTP.
+pub fn request(mut stream: TcpStream, method: &str, path: &str, body: &str) -> Result<Reply> {
+    let doing = || format!("{method} {path}");
+    let mut text = format!("{method} {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n");
+    // Writing to a string can't fail.
+    let _ = write!(text, "Content-Length: {}\r\n\r\n{body}", body.len());
+    stream.write_all(text.as_bytes()).doing(doing)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).doing(doing)?;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    parse(&answer).ok_or_else(|| NodeError::Answer {
+        what: format!("the answer to {} is not HTTP", doing()),
+        answer,
+    })
+}
+
+fn parse(answer: &str) -> Option<Reply> {
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let status = head.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()?;
+    Some(Reply {
+        status,
+        body: body.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_split_and_nonsense_is_refused() {
+        let reply = parse("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi");
+        assert_eq!(
+            reply,
+            Some(Reply {
+                status: 200,
+                body: "hi".into()
+            })
+        );
+        assert_eq!(parse(""), None);
+        assert_eq!(parse("HTTP/1.1 abc\r\n\r\n"), None);
+        assert_eq!(parse("HTTP/1.1 200 OK\r\n"), None);
+    }
+}
