@@ -14,9 +14,7 @@ fn runtimes() -> toml::Table {
 
 /// The value of a key that occurs once in a YAML file of plain lines.
 fn value<'a>(yaml: &'a str, key: &str) -> &'a str {
-    let mut values = yaml
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix(key)?.strip_prefix(':'));
+    let mut values = yaml.lines().filter_map(|line| line.trim().strip_prefix(key)?.strip_prefix(':'));
     let value = values.next().unwrap_or_else(|| panic!("no {key} in {yaml}"));
     assert_eq!(values.next(), None, "{key} occurs twice");
     value.trim().trim_matches('"')
@@ -26,10 +24,7 @@ fn value<'a>(yaml: &'a str, key: &str) -> &'a str {
 fn the_drop_in_defines_this_runtime_and_no_other() {
     let runtimes = runtimes();
     assert_eq!(runtimes.keys().collect::<Vec<_>>(), ["agentcube"]);
-    assert_eq!(
-        runtimes["agentcube"]["runtime_type"].as_str(),
-        Some("io.containerd.agentcube.v1")
-    );
+    assert_eq!(runtimes["agentcube"]["runtime_type"].as_str(), Some("io.containerd.agentcube.v1"));
 }
 
 #[test]
@@ -63,15 +58,9 @@ fn the_class_selects_the_runtime_and_the_pod_selects_the_class() {
 fn the_pod_s_annotations_reach_the_runtime() {
     let runtimes = runtimes();
     let patterns = runtimes["agentcube"]["pod_annotations"].as_array().unwrap();
-    let prefixes: Vec<_> = patterns
-        .iter()
-        .map(|p| p.as_str().unwrap().strip_suffix("*").unwrap())
-        .collect();
-    let annotations: Vec<_> = POD
-        .lines()
-        .map(str::trim)
-        .filter(|line| line.starts_with("agentcube.volcano.sh/"))
-        .collect();
+    let prefixes: Vec<_> = patterns.iter().map(|p| p.as_str().unwrap().strip_suffix("*").unwrap()).collect();
+    let annotations: Vec<_> =
+        POD.lines().map(str::trim).filter(|line| line.starts_with("agentcube.volcano.sh/")).collect();
     assert!(!annotations.is_empty());
     for annotation in annotations {
         let key = annotation.split(':').next().unwrap();
