@@ -241,11 +241,10 @@ fn sleep_and_wake_tell_what_happened() {
     assert_eq!((slept.code, slept.err.as_str()), (0, ""));
     assert_eq!(
         slept.out,
-        "agent: asleep (checkpointed) after 41.2 ms, stood still for 38.0 ms; gave back 255.0 MiB of 256.0 MiB; \
-         image 250.0 MiB\n"
+        "agent: asleep (checkpointed) in 41.2 ms, stood still for 38.0 ms; freed 255.0 MiB; image 250.0 MiB\n"
     );
     let woke = node.run(&["wake", "agent"]);
-    assert_eq!(woke.out, "agent: awake after 30.5 ms (was checkpointed); holds 256.0 MiB now\n");
+    assert_eq!(woke.out, "agent: awake in 30.5 ms (was checkpointed); holds 256.0 MiB\n");
     let again = node.run(&["wake", "agent"]);
     assert_eq!((again.code, again.out.as_str()), (0, "agent: was awake already\n"));
 }

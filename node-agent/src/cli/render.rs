@@ -145,14 +145,14 @@ fn state(container: &Container) -> String {
 /// What `agentcube sleep` says about one container.
 pub fn slept(transition: &Transition) -> String {
     let mut line = format!(
-        "{}: asleep ({}) after {}, stood still for {}",
+        "{}: asleep ({}) in {}, stood still for {}",
         printable(&transition.id),
         transition.depth.unwrap_or("unknown depth"),
         micros(transition.total_us),
         micros(transition.stopped_us),
     );
     if let (Some(before), Some(after)) = (transition.memory_before_bytes, transition.memory_after_bytes) {
-        let _ = write!(line, "; gave back {} of {}", bytes(before.saturating_sub(after)), bytes(before));
+        let _ = write!(line, "; freed {}", bytes(before.saturating_sub(after)));
     }
     if transition.image_bytes > 0 {
         let _ = write!(line, "; image {}", bytes(transition.image_bytes));
@@ -164,7 +164,7 @@ pub fn slept(transition: &Transition) -> String {
 /// What `agentcube wake` says about one container.
 pub fn woke(transition: &Transition) -> String {
     let mut line = format!(
-        "{}: awake after {} (was {})",
+        "{}: awake in {} (was {})",
         printable(&transition.id),
         micros(transition.total_us),
         transition.depth.unwrap_or("asleep"),
@@ -173,7 +173,7 @@ pub fn woke(transition: &Transition) -> String {
         let _ = write!(line, "; image {}", bytes(transition.image_bytes));
     }
     if let Some(after) = transition.memory_after_bytes {
-        let _ = write!(line, "; holds {} now", bytes(after));
+        let _ = write!(line, "; holds {}", bytes(after));
     }
     line.push('\n');
     line

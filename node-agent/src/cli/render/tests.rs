@@ -157,12 +157,11 @@ fn a_sleep_is_told_with_its_times_and_what_it_gave_back() {
         Transition { memory_before_bytes: Some(281_438_290), memory_after_bytes: Some(0), ..transition() };
     assert_eq!(
         slept(&with_memory),
-        "demo: asleep (checkpointed) after 141.2 ms, stood still for 133.9 ms; gave back 268.4 MiB of 268.4 MiB; \
-         image 266.1 MiB\n"
+        "demo: asleep (checkpointed) in 141.2 ms, stood still for 133.9 ms; freed 268.4 MiB; image 266.1 MiB\n"
     );
     let frozen =
         Transition { depth: Some("frozen"), total_us: 900, stopped_us: 800, image_bytes: 0, ..transition() };
-    assert_eq!(slept(&frozen), "demo: asleep (frozen) after 0.90 ms, stood still for 0.80 ms\n");
+    assert_eq!(slept(&frozen), "demo: asleep (frozen) in 0.90 ms, stood still for 0.80 ms\n");
 }
 
 #[test]
@@ -175,7 +174,7 @@ fn a_wake_is_told_with_its_time_and_what_it_holds() {
     };
     assert_eq!(
         woke(&with_memory),
-        "demo: awake after 30.5 ms (was checkpointed); image 266.1 MiB; holds 268.4 MiB now\n"
+        "demo: awake in 30.5 ms (was checkpointed); image 266.1 MiB; holds 268.4 MiB\n"
     );
     assert_eq!(was_awake("demo"), "demo: was awake already\n");
 }
