@@ -90,11 +90,7 @@ impl Cgroup {
             Ok(stat) if stat.f_type == CGROUP2_MAGIC && path.is_absolute() => Ok(Cgroup { path }),
             Ok(_) => Err(Error::NotUnified(path)),
             Err(rustix::io::Errno::NOENT) => Err(Error::Gone(path)),
-            Err(error) => Err(Error::Io {
-                action: "stat",
-                path,
-                source: error.into(),
-            }),
+            Err(error) => Err(Error::Io { action: "stat", path, source: error.into() }),
         }
     }
 
@@ -104,11 +100,7 @@ impl Cgroup {
     /// When the process is gone, or its cgroup cannot be reached through a mounted cgroup v2 tree.
     pub fn of_pid(pid: Pid) -> Result<Cgroup, Error> {
         let read = |path: PathBuf| {
-            fs::read_to_string(&path).map_err(|source| Error::Io {
-                action: "read",
-                path,
-                source,
-            })
+            fs::read_to_string(&path).map_err(|source| Error::Io { action: "read", path, source })
         };
         let membership = read(format!("/proc/{pid}/cgroup").into())?;
         let mounts = fs::read("/proc/self/mountinfo").map_err(|source| Error::Io {
@@ -118,14 +110,9 @@ impl Cgroup {
         })?;
         let inside = unified_path(&membership).ok_or(Error::NotMounted)?;
         let mounts = procfs::parse_mountinfo(&mounts);
-        let mount = mounts
-            .iter()
-            .find(|mount| mount.fs_type == "cgroup2")
-            .ok_or(Error::NotMounted)?;
-        let path = resolve(&mount.mount_point, &mount.root, inside).ok_or_else(|| Error::Unreachable {
-            pid,
-            path: inside.to_owned(),
-        })?;
+        let mount = mounts.iter().find(|mount| mount.fs_type == "cgroup2").ok_or(Error::NotMounted)?;
+        let path = resolve(&mount.mount_point, &mount.root, inside)
+            .ok_or_else(|| Error::Unreachable { pid, path: inside.to_owned() })?;
         Cgroup::at(path)
     }
 
@@ -154,8 +141,7 @@ impl Cgroup {
     /// When the cgroup is gone, or an ancestor of it is frozen.
     pub async fn thaw(&self) -> Result<(), Error> {
         self.thaw_now()?;
-        self.wait(Duration::from_secs(1), "thawed", |events| !events.frozen)
-            .await
+        self.wait(Duration::from_secs(1), "thawed", |events| !events.frozen).await
     }
 
     /// Asks the kernel to let its processes run, without waiting until they do: for destructors.
@@ -236,12 +222,8 @@ impl Cgroup {
 
     /// A descriptor of `cgroup.procs` through which a new child can move itself here before it runs.
     pub(crate) fn open_procs(&self) -> Result<OwnedFd, Error> {
-        rustix::fs::open(
-            self.path.join("cgroup.procs"),
-            OFlags::WRONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(|error| self.io("open", "cgroup.procs", error.into()))
+        rustix::fs::open(self.path.join("cgroup.procs"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| self.io("open", "cgroup.procs", error.into()))
     }
 
     async fn wait(
@@ -267,11 +249,7 @@ impl Cgroup {
             }
             let waited = start.elapsed();
             if waited >= timeout {
-                return Err(Error::Timeout {
-                    path: self.path.clone(),
-                    wanted,
-                    waited,
-                });
+                return Err(Error::Timeout { path: self.path.clone(), wanted, waited });
             }
             if let Ok(Ok(mut ready)) = tokio::time::timeout(RECHECK, file.ready(Interest::PRIORITY)).await {
                 ready.clear_ready();
@@ -289,11 +267,7 @@ impl Cgroup {
         if gone && !self.path.exists() {
             return Error::Gone(self.path.clone());
         }
-        Error::Io {
-            action,
-            path: self.path.join(file),
-            source,
-        }
+        Error::Io { action, path: self.path.join(file), source }
     }
 }
 
@@ -314,32 +288,20 @@ fn collect(directory: &Path, found: &mut Vec<Pid>) -> Result<(), Error> {
 fn procs_of(directory: &Path) -> Result<Vec<Pid>, Error> {
     let path = directory.join("cgroup.procs");
     match fs::read_to_string(&path) {
-        Ok(text) => Ok(text
-            .lines()
-            .filter_map(|line| Pid::from_raw(line.parse().ok()?))
-            .collect()),
+        Ok(text) => Ok(text.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect()),
         // EOPNOTSUPP: a threaded cgroup, whose processes its domain lists.
         Err(error) if error.raw_os_error() == Some(95) => Ok(Vec::new()),
         Err(error) if error.kind() == io::ErrorKind::NotFound && !directory.exists() => {
             Err(Error::Gone(directory.to_owned()))
         }
-        Err(source) => Err(Error::Io {
-            action: "read",
-            path,
-            source,
-        }),
+        Err(source) => Err(Error::Io { action: "read", path, source }),
     }
 }
 
 fn parse_events(text: &str) -> Events {
-    let is_set = |key: &str| {
-        text.lines()
-            .any(|line| line.strip_prefix(key).is_some_and(|rest| rest.trim() == "1"))
-    };
-    Events {
-        populated: is_set("populated "),
-        frozen: is_set("frozen "),
-    }
+    let is_set =
+        |key: &str| text.lines().any(|line| line.strip_prefix(key).is_some_and(|rest| rest.trim() == "1"));
+    Events { populated: is_set("populated "), frozen: is_set("frozen ") }
 }
 
 /// The path of the v2 hierarchy in a `/proc/PID/cgroup`.
@@ -351,16 +313,8 @@ fn unified_path(membership: &str) -> Option<&str> {
 fn resolve(mount_point: &Path, root: &Path, inside: &str) -> Option<PathBuf> {
     let inside = Path::new(inside);
     let below = inside.strip_prefix(root).ok()?;
-    let escapes = below
-        .components()
-        .any(|part| part == std::path::Component::ParentDir);
-    (!escapes).then(|| {
-        if below == Path::new("") {
-            mount_point.to_owned()
-        } else {
-            mount_point.join(below)
-        }
-    })
+    let escapes = below.components().any(|part| part == std::path::Component::ParentDir);
+    (!escapes).then(|| if below == Path::new("") { mount_point.to_owned() } else { mount_point.join(below) })
 }
 
 #[cfg(test)]
@@ -371,29 +325,14 @@ mod tests {
     #[test]
     fn events_are_read_whatever_their_order() {
         let events = parse_events("populated 1\nfrozen 0\n");
-        assert_eq!(
-            events,
-            Events {
-                populated: true,
-                frozen: false
-            }
-        );
+        assert_eq!(events, Events { populated: true, frozen: false });
         let events = parse_events("frozen 1\npopulated 0\nlater 7\n");
-        assert_eq!(
-            events,
-            Events {
-                populated: false,
-                frozen: true
-            }
-        );
+        assert_eq!(events, Events { populated: false, frozen: true });
     }
 
     #[test]
     fn the_unified_path_is_found_among_v1_controllers() {
-        assert_eq!(
-            unified_path("9:memory:/a\n0::/kubepods/pod1/c1\n"),
-            Some("/kubepods/pod1/c1")
-        );
+        assert_eq!(unified_path("9:memory:/a\n0::/kubepods/pod1/c1\n"), Some("/kubepods/pod1/c1"));
         assert_eq!(unified_path("9:memory:/a\n"), None);
     }
 
@@ -411,9 +350,6 @@ mod tests {
     fn a_directory_elsewhere_is_no_cgroup() {
         let elsewhere = tempfile::tempdir().unwrap();
         assert!(matches!(Cgroup::at(elsewhere.path()), Err(Error::NotUnified(_))));
-        assert!(matches!(
-            Cgroup::at(elsewhere.path().join("none")),
-            Err(Error::Gone(_))
-        ));
+        assert!(matches!(Cgroup::at(elsewhere.path().join("none")), Err(Error::Gone(_))));
     }
 }

@@ -185,14 +185,9 @@ impl Container {
         let mut bytes = Vec::new();
         File::open(&path)
             .and_then(|file| file.take(MAX_SPEC).read_to_end(&mut bytes))
-            .map_err(|source| Error::Read {
-                path: path.clone(),
-                source,
-            })?;
-        let spec: Spec = serde_json::from_slice(&bytes).map_err(|error| Error::Invalid {
-            path: path.clone(),
-            why: error.to_string(),
-        })?;
+            .map_err(|source| Error::Read { path: path.clone(), source })?;
+        let spec: Spec = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::Invalid { path: path.clone(), why: error.to_string() })?;
         Container::from_spec(id, bundle, &spec, image::digest(&bytes), cgroup)
     }
 
@@ -208,25 +203,12 @@ impl Container {
         spec_digest: String,
         cgroup: Cgroup,
     ) -> Result<Container, Error> {
-        let invalid = |why: &str| Error::Invalid {
-            path: bundle.to_owned(),
-            why: why.to_owned(),
-        };
-        let rootfs = spec
-            .root()
-            .as_ref()
-            .map(|root| bundle.join(root.path()))
-            .ok_or_else(|| invalid("no root"))?;
-        let linux = spec
-            .linux()
-            .as_ref()
-            .ok_or_else(|| invalid("no part for Linux"))?;
+        let invalid = |why: &str| Error::Invalid { path: bundle.to_owned(), why: why.to_owned() };
+        let rootfs =
+            spec.root().as_ref().map(|root| bundle.join(root.path())).ok_or_else(|| invalid("no root"))?;
+        let linux = spec.linux().as_ref().ok_or_else(|| invalid("no part for Linux"))?;
         let namespace = |kind: LinuxNamespaceType| {
-            let found = linux
-                .namespaces()
-                .iter()
-                .flatten()
-                .find(|namespace| namespace.typ() == kind);
+            let found = linux.namespaces().iter().flatten().find(|namespace| namespace.typ() == kind);
             match found.map(|namespace| namespace.path().clone().filter(|path| path != Path::new(""))) {
                 None => Namespace::Inherited,
                 Some(None) => Namespace::Private,
@@ -240,9 +222,7 @@ impl Container {
             return Err(Error::Unsupported("a time namespace of its own"));
         }
         if namespace(LinuxNamespaceType::Pid) != Namespace::Private {
-            return Err(Error::Unsupported(
-                "the process ids of the host or of its sandbox",
-            ));
+            return Err(Error::Unsupported("the process ids of the host or of its sandbox"));
         }
         if namespace(LinuxNamespaceType::Mount) != Namespace::Private {
             return Err(Error::Unsupported("a mount namespace that is not its own"));
@@ -281,9 +261,7 @@ impl Container {
         let root = Root::of(init).map_err(|error| process(error.into()))?;
         let mut found: Vec<(u64, String, String)> = Vec::new();
         for external in &self.external_mounts {
-            let seen = root
-                .mount_at(&external.target)
-                .map_err(|error| process(error.into()))?;
+            let seen = root.mount_at(&external.target).map_err(|error| process(error.into()))?;
             let (id, _) = seen.ok_or_else(|| Error::MountLost(external.target.clone()))?;
             // Two targets may lead to one place through a link: the later mount is the one on top.
             found.retain(|(other, ..)| *other != id);
@@ -303,10 +281,7 @@ impl Container {
             let mount = mount.ok_or_else(|| Error::MountLost(PathBuf::from(&*name)))?;
             *mount_point = mount.mount_point.to_string_lossy().into_owned();
         }
-        Ok(found
-            .into_iter()
-            .map(|(_, mount_point, name)| (mount_point, name))
-            .collect())
+        Ok(found.into_iter().map(|(_, mount_point, name)| (mount_point, name)).collect())
     }
 
     /// The external mounts for a restore: pairs of name and source.
@@ -342,11 +317,8 @@ impl Container {
             }
         }
         let mounts = procfs::mounts(init).map_err(|source| Error::Process { pid: init, source })?;
-        let external: Vec<_> = self
-            .live_mounts(init)?
-            .into_iter()
-            .map(|(mount_point, _)| mount_point)
-            .collect();
+        let external: Vec<_> =
+            self.live_mounts(init)?.into_iter().map(|(mount_point, _)| mount_point).collect();
         blockers.extend(foreign_mounts(&mounts, &external));
         Ok(blockers)
     }
@@ -355,18 +327,12 @@ impl Container {
 /// The bind mounts of a specification. Where several mounts have one target, only the last is visible: it decides.
 fn external_mounts(mounts: &[Mount], bundle: &Path) -> Vec<ExternalMount> {
     let is_bind = |mount: &Mount| {
-        let by_option = mount
-            .options()
-            .iter()
-            .flatten()
-            .any(|option| option == "bind" || option == "rbind");
+        let by_option = mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind");
         by_option || mount.typ().as_deref() == Some("bind")
     };
     let normal = |path: &Path| Path::new("/").join(path).components().collect::<PathBuf>();
     let is_hidden = |at: usize| {
-        mounts[at + 1..]
-            .iter()
-            .any(|later| normal(later.destination()) == normal(mounts[at].destination()))
+        mounts[at + 1..].iter().any(|later| normal(later.destination()) == normal(mounts[at].destination()))
     };
     mounts
         .iter()
@@ -374,10 +340,7 @@ fn external_mounts(mounts: &[Mount], bundle: &Path) -> Vec<ExternalMount> {
         .filter(|(at, mount)| is_bind(mount) && !is_hidden(*at))
         .filter_map(|(_, mount)| {
             let source = bundle.join(mount.source().as_ref()?);
-            Some(ExternalMount {
-                target: normal(mount.destination()),
-                source,
-            })
+            Some(ExternalMount { target: normal(mount.destination()), source })
         })
         .collect()
 }

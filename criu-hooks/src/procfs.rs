@@ -46,10 +46,7 @@ pub struct Stat {
 pub fn stat(pid: Pid) -> io::Result<Stat> {
     let bytes = fs::read(format!("/proc/{pid}/stat"))?;
     parse_stat(&bytes).ok_or_else(|| {
-        io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("/proc/{pid}/stat is not as expected"),
-        )
+        io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat is not as expected"))
     })
 }
 
@@ -98,10 +95,7 @@ pub fn mounts(pid: Pid) -> io::Result<Vec<Mount>> {
 
 /// Parses a `mountinfo` file; lines that are not as known are left out.
 pub fn parse_mountinfo(bytes: &[u8]) -> Vec<Mount> {
-    bytes
-        .split(|&byte| byte == b'\n')
-        .filter_map(parse_mount)
-        .collect()
+    bytes.split(|&byte| byte == b'\n').filter_map(parse_mount).collect()
 }
 
 fn parse_mount(line: &[u8]) -> Option<Mount> {
@@ -113,14 +107,7 @@ fn parse_mount(line: &[u8]) -> Option<Mount> {
     let root = unescape(fields.next()?);
     let mount_point = unescape(fields.next()?);
     let fs_type = fields.skip_while(|field| *field != b"-").nth(1).and_then(text)?;
-    Some(Mount {
-        id,
-        parent,
-        device,
-        root,
-        mount_point,
-        fs_type,
-    })
+    Some(Mount { id, parent, device, root, mount_point, fs_type })
 }
 
 /// Undoes the octal escapes (`\040` for a space) of mountinfo.
@@ -132,12 +119,8 @@ fn unescape(field: &[u8]) -> PathBuf {
             .get(..3)
             .filter(|digits| byte == b'\\' && digits.iter().all(|digit| (b'0'..=b'7').contains(digit)))
             .and_then(|digits| {
-                u8::try_from(
-                    digits
-                        .iter()
-                        .fold(0u32, |value, digit| value * 8 + u32::from(digit - b'0')),
-                )
-                .ok()
+                u8::try_from(digits.iter().fold(0u32, |value, digit| value * 8 + u32::from(digit - b'0')))
+                    .ok()
             });
         out.push(octal.unwrap_or(byte));
         rest = if octal.is_some() { &tail[3..] } else { tail };
@@ -182,9 +165,7 @@ pub(crate) fn inode(path: &Path) -> io::Result<u64> {
 
 /// The identifier of this boot of the machine.
 pub(crate) fn boot_id() -> io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
-        .trim()
-        .to_owned())
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 /// Whether `path` is at or below `directory`, by bytes and component.
@@ -221,14 +202,8 @@ mod tests {
         let mounts = parse_mountinfo(text);
         assert_eq!(mounts.len(), 2);
         assert_eq!(mounts[0].mount_point, Path::new("/mnt 2"));
-        assert_eq!(
-            (mounts[0].fs_type.as_str(), mounts[0].device.as_str()),
-            ("ext3", "98:0")
-        );
-        assert_eq!(
-            (mounts[1].id, mounts[1].parent, mounts[1].fs_type.as_str()),
-            (40, 36, "tmpfs")
-        );
+        assert_eq!((mounts[0].fs_type.as_str(), mounts[0].device.as_str()), ("ext3", "98:0"));
+        assert_eq!((mounts[1].id, mounts[1].parent, mounts[1].fs_type.as_str()), (40, 36, "tmpfs"));
     }
 
     #[test]
@@ -242,12 +217,7 @@ mod tests {
         let me = rustix::process::getpid();
         assert!(alive(me));
         assert_eq!(tracer(me).unwrap(), None);
-        assert!(
-            mounts(me)
-                .unwrap()
-                .iter()
-                .any(|mount| mount.mount_point == Path::new("/proc"))
-        );
+        assert!(mounts(me).unwrap().iter().any(|mount| mount.mount_point == Path::new("/proc")));
     }
 
     proptest::proptest! {

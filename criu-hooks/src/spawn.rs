@@ -81,11 +81,7 @@ impl Spawner for LocalSpawner {
             .map_err(io::Error::from)
             .and_then(|pidfd| Ok((pidfd.try_clone()?, pidfd)));
         match opened {
-            Ok((watched, pidfd)) => Ok(Child {
-                pid,
-                pidfd,
-                exit: Box::pin(reap(watched)),
-            }),
+            Ok((watched, pidfd)) => Ok(Child { pid, pidfd, exit: Box::pin(reap(watched)) }),
             Err(error) => {
                 // Without a descriptor nobody could end or reap it later.
                 let _ = child.kill();
@@ -96,10 +92,9 @@ impl Spawner for LocalSpawner {
     }
 
     fn adopt(&self, pid: Pid) {
-        if let (Ok(pidfd), Ok(runtime)) = (
-            pidfd_open(pid, PidfdFlags::empty()),
-            tokio::runtime::Handle::try_current(),
-        ) {
+        if let (Ok(pidfd), Ok(runtime)) =
+            (pidfd_open(pid, PidfdFlags::empty()), tokio::runtime::Handle::try_current())
+        {
             runtime.spawn(reap(pidfd));
         }
     }
@@ -143,10 +138,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_missing_program_is_an_error_of_spawn() {
-        let error = LocalSpawner
-            .spawn(Command::new("/nonexistent/program"))
-            .err()
-            .unwrap();
+        let error = LocalSpawner.spawn(Command::new("/nonexistent/program")).err().unwrap();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 }

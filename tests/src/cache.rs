@@ -36,17 +36,12 @@ pub fn folder() -> Result<PathBuf, CacheError> {
         (None, None) => return Err(CacheError::NoHome),
     };
     let path = base.join("agentcube");
-    fs::create_dir_all(&path).map_err(|source| CacheError::Io {
-        path: path.clone(),
-        source,
-    })?;
+    fs::create_dir_all(&path).map_err(|source| CacheError::Io { path: path.clone(), source })?;
     Ok(path)
 }
 
 fn non_empty(name: &str) -> Option<PathBuf> {
-    std::env::var_os(name)
-        .filter(|value| !value.is_empty())
-        .map(PathBuf::from)
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 /// Sixteen hexadecimal digits that name a thing by all that it is made of.
@@ -80,16 +75,8 @@ impl Lock {
     /// When the lock file can't be made.
     pub fn take(folder: &Path, name: &str) -> Result<Self, CacheError> {
         let path = folder.join(format!("{name}.lock"));
-        let error = |source: io::Error| CacheError::Io {
-            path: path.clone(),
-            source,
-        };
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(error)?;
+        let error = |source: io::Error| CacheError::Io { path: path.clone(), source };
+        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(error)?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             eprintln!("Waiting for another process that is making {name} …");
             flock(&file, FlockOperation::LockExclusive).map_err(|errno| error(errno.into()))?;
@@ -116,10 +103,7 @@ mod tests {
     fn a_lock_excludes_a_second_holder_until_it_is_dropped() {
         let folder = tempfile::tempdir().unwrap();
         let first = Lock::take(folder.path(), "thing").unwrap();
-        let second = File::options()
-            .write(true)
-            .open(folder.path().join("thing.lock"))
-            .unwrap();
+        let second = File::options().write(true).open(folder.path().join("thing.lock")).unwrap();
         assert!(flock(&second, FlockOperation::NonBlockingLockExclusive).is_err());
         drop(first);
         flock(&second, FlockOperation::NonBlockingLockExclusive).unwrap();

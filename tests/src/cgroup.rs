@@ -134,13 +134,9 @@ mod tests {
     #[test]
     fn the_owner_is_read_from_well_formed_names_only() {
         assert_eq!(owner("agentcube-node-12-3"), Some(12));
-        for other in [
-            "agentcube-node-12",
-            "agentcube-node-x-3",
-            "agentcube-node-12-x",
-            "agentcube-12-3",
-            "init",
-        ] {
+        for other in
+            ["agentcube-node-12", "agentcube-node-x-3", "agentcube-node-12-x", "agentcube-12-3", "init"]
+        {
             assert_eq!(owner(other), None, "{other}");
         }
     }

@@ -94,10 +94,7 @@ impl Facts {
         }
         match &self.space {
             Some((folder, free)) if *free < NEEDED_BYTES => {
-                missing.push(Missing::DiskSpace {
-                    folder: folder.clone(),
-                    free: *free,
-                });
+                missing.push(Missing::DiskSpace { folder: folder.clone(), free: *free });
             }
             _ => {}
         }
@@ -123,10 +120,7 @@ fn overlay_known() -> bool {
     };
     // A module that is not loaded yet is not listed; loading it is harmless where it is built in.
     known()
-        || (std::process::Command::new("modprobe")
-            .arg("overlay")
-            .status()
-            .is_ok_and(|s| s.success())
+        || (std::process::Command::new("modprobe").arg("overlay").status().is_ok_and(|s| s.success())
             && known())
 }
 
@@ -160,17 +154,9 @@ mod tests {
             space: Some(("/cache".into(), 5 << 20)),
         };
         let told: Vec<String> = facts.missing().iter().map(ToString::to_string).collect();
-        for word in [
-            "sudo",
-            "mount -t cgroup2",
-            "modprobe overlay",
-            "CONFIG_PID_NS",
-            "/cache has 5 MiB left",
-        ] {
-            assert!(
-                told.iter().any(|line| line.contains(word)),
-                "{word} not in {told:?}"
-            );
+        for word in ["sudo", "mount -t cgroup2", "modprobe overlay", "CONFIG_PID_NS", "/cache has 5 MiB left"]
+        {
+            assert!(told.iter().any(|line| line.contains(word)), "{word} not in {told:?}");
         }
     }
 
@@ -181,13 +167,7 @@ mod tests {
                       25 24 0:21 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
                       26 24 0:22 / /sys/fs/cgroup/unified rw shared:3 - cgroup2 cgroup2 rw\n";
         assert_eq!(cgroup2_mount(pure).unwrap(), Path::new("/sys/fs/cgroup"));
-        assert_eq!(
-            cgroup2_mount(hybrid).unwrap(),
-            Path::new("/sys/fs/cgroup/unified")
-        );
-        assert_eq!(
-            cgroup2_mount("24 18 0:20 / /cgroup2 rw - tmpfs cgroup2 rw\n"),
-            None
-        );
+        assert_eq!(cgroup2_mount(hybrid).unwrap(), Path::new("/sys/fs/cgroup/unified"));
+        assert_eq!(cgroup2_mount("24 18 0:20 / /cgroup2 rw - tmpfs cgroup2 rw\n"), None);
     }
 }

@@ -44,10 +44,7 @@ fn fetch(release: &str, rootfs: &Path, work: &Path) -> Result<PathBuf, String> {
     // The node's keys are newer than the host's may be.
     let keys = ["debian-archive-keyring.pgp", "debian-archive-keyring.gpg"]
         .map(|name| rootfs.join("usr/share/keyrings").join(name));
-    let keys = keys
-        .iter()
-        .find(|path| path.exists())
-        .ok_or("the node has no archive keys")?;
+    let keys = keys.iter().find(|path| path.exists()).ok_or("the node has no archive keys")?;
     let sources = work.join("sources.list");
     let line = format!("deb [signed-by={}] {mirror} {release} main\n", keys.display());
     fs::write(&sources, line).map_err(|error| error.to_string())?;
@@ -63,12 +60,7 @@ fn fetch(release: &str, rootfs: &Path, work: &Path) -> Result<PathBuf, String> {
             "-o",
             "APT::Sandbox::User=root",
         ]);
-        command.args([
-            "-o",
-            "Acquire::Check-Valid-Until=false",
-            "-o",
-            "Acquire::Languages=none",
-        ]);
+        command.args(["-o", "Acquire::Check-Valid-Until=false", "-o", "Acquire::Languages=none"]);
         for (name, path) in [
             ("Dir::Etc::sourcelist", sources.clone()),
             ("Dir::State", work.join("state")),
@@ -90,9 +82,7 @@ fn fetch(release: &str, rootfs: &Path, work: &Path) -> Result<PathBuf, String> {
     let tree = work.join("tree");
     run(Command::new("dpkg-deb").arg("-x").args([&package, &tree]))?;
     let runc = ["usr/sbin/runc", "usr/bin/runc"].map(|path| tree.join(path));
-    runc.into_iter()
-        .find(|path| path.exists())
-        .ok_or_else(|| "the package has no runc".to_owned())
+    runc.into_iter().find(|path| path.exists()).ok_or_else(|| "the package has no runc".to_owned())
 }
 
 fn run(command: &mut Command) -> Result<(), String> {
@@ -101,8 +91,5 @@ fn run(command: &mut Command) -> Result<(), String> {
     if status.success() {
         return Ok(());
     }
-    Err(format!(
-        "{shown} failed ({status}): {}",
-        String::from_utf8_lossy(&stderr).trim()
-    ))
+    Err(format!("{shown} failed ({status}): {}", String::from_utf8_lossy(&stderr).trim()))
 }

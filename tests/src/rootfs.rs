@@ -136,19 +136,11 @@ pub fn ensure() -> Result<PathBuf, RootfsError> {
 /// # Errors
 /// When neither names one.
 pub fn mirror() -> Result<String, RootfsError> {
-    if let Some(mirror) = std::env::var("AGENTCUBE_MIRROR")
-        .ok()
-        .filter(|mirror| !mirror.is_empty())
-    {
+    if let Some(mirror) = std::env::var("AGENTCUBE_MIRROR").ok().filter(|mirror| !mirror.is_empty()) {
         return Ok(mirror);
     }
     let targets = Command::new("apt-get")
-        .args([
-            "indextargets",
-            "--format",
-            "$(SITE) $(RELEASE)",
-            "Created-By: Packages",
-        ])
+        .args(["indextargets", "--format", "$(SITE) $(RELEASE)", "Created-By: Packages"])
         .output()
         .map_err(|_| RootfsError::NoMirror)?;
     pick_mirror(&String::from_utf8_lossy(&targets.stdout)).ok_or(RootfsError::NoMirror)
@@ -160,9 +152,7 @@ fn pick_mirror(targets: &str) -> Option<String> {
         .lines()
         .filter_map(|line| line.trim().split_once(' '))
         .find(|(site, release)| {
-            ["http://", "https://", "file:"]
-                .iter()
-                .any(|scheme| site.starts_with(scheme))
+            ["http://", "https://", "file:"].iter().any(|scheme| site.starts_with(scheme))
                 && !release.contains("-security")
                 && !site.trim_end_matches('/').ends_with("-security")
         })
@@ -171,10 +161,7 @@ fn pick_mirror(targets: &str) -> Option<String> {
 
 /// apt's HTTP proxy, which debootstrap would not look up.
 pub(crate) fn proxy() -> Option<String> {
-    let dump = Command::new("apt-config")
-        .args(["shell", "PROXY", "Acquire::http::Proxy"])
-        .output()
-        .ok()?;
+    let dump = Command::new("apt-config").args(["shell", "PROXY", "Acquire::http::Proxy"]).output().ok()?;
     let text = String::from_utf8_lossy(&dump.stdout).into_owned();
     let value = text.trim().strip_prefix("PROXY='")?.strip_suffix('\'')?;
     (!value.is_empty() && value != "DIRECT").then(|| value.to_owned())
@@ -204,10 +191,7 @@ fn build(target: &Path) -> Result<(), RootfsError> {
         .arg(SUITE)
         .arg(target)
         .args([&mirror, SCRIPT])
-        .env(
-            "PATH",
-            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        )
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
         .stdin(Stdio::null());
     if let Some(proxy) = proxy() {
         command.env("http_proxy", proxy);
@@ -216,10 +200,7 @@ fn build(target: &Path) -> Result<(), RootfsError> {
     unsafe {
         command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
     }
-    let output = command.output().map_err(|source| RootfsError::Io {
-        path: "unshare".into(),
-        source,
-    })?;
+    let output = command.output().map_err(|source| RootfsError::Io { path: "unshare".into(), source })?;
     if !output.status.success() {
         let text =
             String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
@@ -227,10 +208,7 @@ fn build(target: &Path) -> Result<(), RootfsError> {
         let tail = lines[lines.len().saturating_sub(12)..].join("\n");
         // Best effort: what can't be removed now is removed by the next build.
         let _ = fs::remove_dir_all(target);
-        return Err(RootfsError::Debootstrap {
-            status: output.status.to_string(),
-            tail,
-        });
+        return Err(RootfsError::Debootstrap { status: output.status.to_string(), tail });
     }
     for unused in UNUSED {
         let path = target.join(unused);
@@ -245,18 +223,12 @@ fn build(target: &Path) -> Result<(), RootfsError> {
 }
 
 fn rename(from: &Path, to: &Path) -> Result<(), RootfsError> {
-    fs::rename(from, to).map_err(|source| RootfsError::Io {
-        path: to.into(),
-        source,
-    })
+    fs::rename(from, to).map_err(|source| RootfsError::Io { path: to.into(), source })
 }
 
 /// Removes what killed builds left. The caller holds the lock, so none is in use.
 fn remove_unfinished(folder: &Path) -> Result<(), RootfsError> {
-    let error = |source| RootfsError::Io {
-        path: folder.into(),
-        source,
-    };
+    let error = |source| RootfsError::Io { path: folder.into(), source };
     for entry in fs::read_dir(folder).map_err(error)? {
         let entry = entry.map_err(error)?;
         let name = entry.file_name();

@@ -13,13 +13,7 @@ fn derive(json: &str) -> Option<Result<Container, Error>> {
         return None;
     };
     let spec: Spec = serde_json::from_str(json).unwrap();
-    Some(Container::from_spec(
-        "c1",
-        Path::new("/run/bundle"),
-        &spec,
-        "d".to_owned(),
-        cgroup,
-    ))
+    Some(Container::from_spec("c1", Path::new("/run/bundle"), &spec, "d".to_owned(), cgroup))
 }
 
 fn spec(mounts: &str, namespaces: &str) -> String {
@@ -46,21 +40,13 @@ fn a_usual_container_is_derived() {
     let container = container.unwrap();
     assert_eq!(container.rootfs, Path::new("/run/bundle/rootfs"));
     assert!(container.has_terminal);
-    let external = |target: &str, source: &str| ExternalMount {
-        target: target.into(),
-        source: source.into(),
-    };
+    let external =
+        |target: &str, source: &str| ExternalMount { target: target.into(), source: source.into() };
     assert_eq!(
         container.external_mounts,
-        [
-            external("/etc/hosts", "/var/lib/hosts"),
-            external("/data", "/run/bundle/volume")
-        ]
+        [external("/etc/hosts", "/var/lib/hosts"), external("/data", "/run/bundle/volume")]
     );
-    assert_eq!(
-        container.namespaces.network,
-        Namespace::Joined("/proc/7/ns/net".into())
-    );
+    assert_eq!(container.namespaces.network, Namespace::Joined("/proc/7/ns/net".into()));
     assert_eq!(container.namespaces.ipc, Namespace::Private);
     let sources = container.mount_sources();
     assert!(sources.contains(&("/data".to_owned(), "/run/bundle/volume".to_owned())));
@@ -78,28 +64,16 @@ fn of_two_mounts_with_one_target_the_last_decides() {
         return;
     };
     let external = container.unwrap().external_mounts;
-    assert_eq!(
-        external,
-        [ExternalMount {
-            target: "/a".into(),
-            source: "/second".into()
-        }]
-    );
+    assert_eq!(external, [ExternalMount { target: "/a".into(), source: "/second".into() }]);
 }
 
 #[test]
 fn containers_that_cannot_be_checkpointed_are_told_apart() {
     let cases = [
         (r#"{"type": "mount"}"#, "process ids"),
-        (
-            r#"{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "mount"}"#,
-            "process ids",
-        ),
+        (r#"{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "mount"}"#, "process ids"),
         (r#"{"type": "pid"}"#, "mount namespace"),
-        (
-            r#"{"type": "pid"}, {"type": "mount"}, {"type": "user"}"#,
-            "user namespace",
-        ),
+        (r#"{"type": "pid"}, {"type": "mount"}, {"type": "user"}"#, "user namespace"),
     ];
     for (namespaces, words) in cases {
         let Some(derived) = derive(&spec("", namespaces)) else {

@@ -72,10 +72,7 @@ const KNOWN: &[(&[&str], Cause)] = &[
     (&["Connected TCP socket"], Cause::EstablishedTcp),
     (&["n-flight connection"], Cause::QueuedConnection),
     (&["External socket"], Cause::ExternalUnixSocket),
-    (
-        &["Can't dump half of stream unix connection"],
-        Cause::ExternalUnixSocket,
-    ),
+    (&["Can't dump half of stream unix connection"], Cause::ExternalUnixSocket),
     (&["file locks are hold"], Cause::FileLock),
     (&["rlimit", "Operation not permitted"], Cause::MissingCapability),
     (&["Can't dump ghost file"], Cause::GhostTooLarge),
@@ -193,10 +190,7 @@ pub fn reason(log: &[u8]) -> Option<Reason> {
         .filter_map(|line| error_text(&String::from_utf8_lossy(line)))
         .filter(|text| !NOISE.iter().any(|noise| text.contains(noise)))
         .collect();
-    let known = errors
-        .iter()
-        .enumerate()
-        .find_map(|(at, text)| Some((at, cause_of(text)?)));
+    let known = errors.iter().enumerate().find_map(|(at, text)| Some((at, cause_of(text)?)));
     let (at, cause) = known.unwrap_or((0, Cause::Other));
     let mut lines = vec![errors.get(at)?.clone()];
     for (other, text) in errors.iter().enumerate() {
@@ -222,9 +216,7 @@ pub fn read_reason(directory: impl AsFd, name: &str) -> io::Result<Option<Reason
 }
 
 fn cause_of(text: &str) -> Option<Cause> {
-    let known = KNOWN
-        .iter()
-        .find(|(parts, _)| parts.iter().all(|part| text.contains(part)));
+    let known = KNOWN.iter().find(|(parts, _)| parts.iter().all(|part| text.contains(part)));
     known.map(|&(_, cause)| cause)
 }
 
@@ -232,12 +224,7 @@ fn cause_of(text: &str) -> Option<Cause> {
 fn error_text(line: &str) -> Option<String> {
     let (_, rest) = line.split_once("Error (")?;
     let (_, text) = rest.split_once("): ")?;
-    let text: String = text
-        .trim()
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(MAX_LINE)
-        .collect();
+    let text: String = text.trim().chars().filter(|c| !c.is_control()).take(MAX_LINE).collect();
     (!text.is_empty()).then_some(text)
 }
 
@@ -257,22 +244,13 @@ mod tests {
                 "Error (criu/files-ext.c:99): Can't dump file 12 of that type [600] (unknown anon_inode:[io_uring])",
                 Cause::IoUring,
             ),
-            (
-                "Error (criu/fsnotify.c:284): \tCan't dump that handle",
-                Cause::FileWatch,
-            ),
+            ("Error (criu/fsnotify.c:284): \tCan't dump that handle", Cause::FileWatch),
             (
                 "Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using --tcp-established option.",
                 Cause::EstablishedTcp,
             ),
-            (
-                "Error (criu/sk-inet.c:185): inet: In-flight connection (l) for 1a2b",
-                Cause::QueuedConnection,
-            ),
-            (
-                "Error (criu/sk-unix.c:494): unix: In-flight connection on 7",
-                Cause::QueuedConnection,
-            ),
+            ("Error (criu/sk-inet.c:185): inet: In-flight connection (l) for 1a2b", Cause::QueuedConnection),
+            ("Error (criu/sk-unix.c:494): unix: In-flight connection on 7", Cause::QueuedConnection),
             (
                 "Error (criu/sk-unix.c:874): unix: External socket is used. Consider using --ext-unix-sk option.",
                 Cause::ExternalUnixSocket,
@@ -289,10 +267,7 @@ mod tests {
                 "Error (criu/files-reg.c:1031): Can't dump ghost file /tmp/x of 2097152 size, increase limit",
                 Cause::GhostTooLarge,
             ),
-            (
-                "Error (criu/files-reg.c:2175): File data/log has bad size 5 (expect 9)",
-                Cause::FileChanged,
-            ),
+            ("Error (criu/files-reg.c:2175): File data/log has bad size 5 (expect 9)", Cause::FileChanged),
             (
                 "Error (criu/files-reg.c:2294): File data/log has bad mode 0100600 (expect 0100644)",
                 Cause::FileChanged,
@@ -301,22 +276,10 @@ mod tests {
                 "Error (criu/files-reg.c:2240): Can't open file data/log on restore: No such file or directory",
                 Cause::FileChanged,
             ),
-            (
-                "Error (criu/files-reg.c:1790): Can't lookup mount=29 for fd=1 path=/x",
-                Cause::ForeignFile,
-            ),
-            (
-                "Error (criu/image.c:563): Magic doesn't match for pstree.img",
-                Cause::BadImage,
-            ),
-            (
-                "Error (criu/bfd.c:136): bfd: Error writing: No space left on device",
-                Cause::DiskFull,
-            ),
-            (
-                "Error (criu/cr-dump.c:1808): Timeout reached. Try to interrupt: 1",
-                Cause::Timeout,
-            ),
+            ("Error (criu/files-reg.c:1790): Can't lookup mount=29 for fd=1 path=/x", Cause::ForeignFile),
+            ("Error (criu/image.c:563): Magic doesn't match for pstree.img", Cause::BadImage),
+            ("Error (criu/bfd.c:136): bfd: Error writing: No space left on device", Cause::DiskFull),
+            ("Error (criu/cr-dump.c:1808): Timeout reached. Try to interrupt: 1", Cause::Timeout),
         ];
         for (line, expected) in cases {
             assert_eq!(cause(line), expected, "{line}");
@@ -340,10 +303,7 @@ mod tests {
     #[test]
     fn an_unknown_error_is_given_in_criu_s_words() {
         let reason = reason(b"Error (criu/new.c:1): a new kind of trouble\n").unwrap();
-        assert_eq!(
-            (reason.cause, reason.lines),
-            (Cause::Other, vec!["a new kind of trouble".to_owned()])
-        );
+        assert_eq!((reason.cause, reason.lines), (Cause::Other, vec!["a new kind of trouble".to_owned()]));
     }
 
     #[test]
@@ -359,10 +319,7 @@ mod tests {
         log.extend_from_slice(b"Error (criu/image.c:563): Magic doesn't match for core-1.img\n");
         std::fs::write(directory.path().join("restore.log"), log).unwrap();
         let opened = File::open(directory.path()).unwrap();
-        assert_eq!(
-            read_reason(&opened, "restore.log").unwrap().unwrap().cause,
-            Cause::BadImage
-        );
+        assert_eq!(read_reason(&opened, "restore.log").unwrap().unwrap().cause, Cause::BadImage);
     }
 
     #[test]

@@ -106,13 +106,7 @@ pub struct Launch<'a> {
 impl<'a> Launch<'a> {
     /// A CRIU that runs as its caller does.
     pub fn new(binary: &'a Path) -> Launch<'a> {
-        Launch {
-            binary,
-            cgroup: None,
-            new_cgroup_namespace: false,
-            join: Vec::new(),
-            inherit: Vec::new(),
-        }
+        Launch { binary, cgroup: None, new_cgroup_namespace: false, join: Vec::new(), inherit: Vec::new() }
     }
 }
 
@@ -149,10 +143,7 @@ impl Session {
             .args(["--no-default-config", "swrk", &theirs.as_raw_fd().to_string()])
             // Nothing of the caller's environment may steer CRIU; it runs tar and sh by name.
             .env_clear()
-            .env(
-                "PATH",
-                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            )
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -166,15 +157,8 @@ impl Session {
         // that it owns, and neither allocates nor locks.
         unsafe { command.pre_exec(enter) };
 
-        let child = spawner
-            .spawn(command)
-            .map_err(|source| Error::Spawn { binary, source })?;
-        Ok(Session {
-            socket,
-            pid: child.pid,
-            pidfd: child.pidfd,
-            exit: Some(child.exit),
-        })
+        let child = spawner.spawn(command).map_err(|source| Error::Spawn { binary, source })?;
+        Ok(Session { socket, pid: child.pid, pidfd: child.pidfd, exit: Some(child.exit) })
     }
 
     /// The process id of this CRIU.
@@ -200,10 +184,9 @@ impl Session {
                 return match refused {
                     _ if answer.success() && answer.type_() == request.type_() => Ok(answer),
                     Some((event, reason)) => Err(Error::Refused { event, reason }),
-                    None if !answer.success() => Err(Error::Failed {
-                        errno: answer.cr_errno,
-                        message: answer.cr_errmsg,
-                    }),
+                    None if !answer.success() => {
+                        Err(Error::Failed { errno: answer.cr_errno, message: answer.cr_errmsg })
+                    }
                     None => Err(Error::Protocol(format!("an answer to {:?}", answer.type_()))),
                 };
             }
@@ -263,17 +246,11 @@ impl Session {
     }
 
     async fn send(&mut self, request: &Criu_req) -> Result<(), Error> {
-        let bytes = request
-            .write_to_bytes()
-            .map_err(|error| Error::Protocol(error.to_string()))?;
+        let bytes = request.write_to_bytes().map_err(|error| Error::Protocol(error.to_string()))?;
         loop {
             let mut ready = self.socket.writable().await?;
             let sent = ready.try_io(|socket| {
-                Ok(rustix::net::send(
-                    socket.get_ref(),
-                    &bytes,
-                    SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-                )?)
+                Ok(rustix::net::send(socket.get_ref(), &bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
             });
             match sent {
                 Ok(Ok(length)) if length == bytes.len() => return Ok(()),
@@ -322,9 +299,7 @@ impl Session {
 
     /// The error of a CRIU that closed its end.
     async fn death(&mut self) -> Error {
-        self.await_exit()
-            .await
-            .map_or_else(Error::Socket, |exit| Error::Died { exit })
+        self.await_exit().await.map_or_else(Error::Socket, |exit| Error::Died { exit })
     }
 }
 
@@ -377,10 +352,7 @@ fn receive_one(socket: &OwnedFd) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)
         }
     }
     if message.flags.contains(ReturnFlags::TRUNC) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "an answer of more than 64 KiB",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "an answer of more than 64 KiB"));
     }
     bytes.truncate(message.bytes);
     Ok((message.bytes > 0).then_some((bytes, descriptor)))
@@ -392,10 +364,7 @@ fn parse(bytes: &[u8], descriptor: Option<OwnedFd>) -> Result<(Criu_resp, Option
 }
 
 fn ended(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-    )
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 #[cfg(test)]

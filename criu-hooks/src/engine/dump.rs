@@ -138,17 +138,9 @@ impl Engine {
         };
         container.cgroup.freeze(options.freeze_timeout).await?;
         let frozen = Instant::now();
-        let job = Job {
-            container,
-            init,
-            writer,
-            options,
-        };
+        let job = Job { container, init, writer, options };
         let mut report = DumpReport::default();
-        if let Err(error) = self
-            .try_dump(&mut attempt, &job, hooks, frozen, &mut report)
-            .await
-        {
+        if let Err(error) = self.try_dump(&mut attempt, &job, hooks, frozen, &mut report).await {
             match attempt.settle().await {
                 End::RunsOn => return Err(error),
                 End::Dead => tracing::warn!(%error, "CRIU failed while it killed what it had dumped"),
@@ -173,12 +165,7 @@ impl Engine {
         frozen: Instant,
         report: &mut DumpReport,
     ) -> Result<(), DumpError> {
-        let Job {
-            container,
-            init,
-            writer,
-            options,
-        } = *job;
+        let Job { container, init, writer, options } = *job;
         let blockers = container.blockers(init)?;
         if !blockers.is_empty() {
             return Err(DumpError::Blocked(blockers));
@@ -189,13 +176,8 @@ impl Engine {
         let join = join_cgroup_namespace(container, init).map_err(look)?;
         let failed = |error| DumpError::Criu(Failure::new(error, writer.work_dir(), LOG));
 
-        let launch = Launch {
-            join,
-            ..Launch::new(&self.criu)
-        };
-        let session = attempt
-            .session
-            .insert(Session::start(&*self.spawner, launch).map_err(failed)?);
+        let launch = Launch { join, ..Launch::new(&self.criu) };
+        let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
         let mut notify = Notify {
             writer,
             cgroup: &container.cgroup,
@@ -222,10 +204,7 @@ impl Engine {
             (Ok(Err(error)), None) => return Err(failed(error)),
             (Err(_elapsed), _) => {
                 let reason = criu::log::read_reason(writer.work_dir(), LOG).unwrap_or_default();
-                return Err(DumpError::Timeout {
-                    after: options.timeout,
-                    reason,
-                });
+                return Err(DumpError::Timeout { after: options.timeout, reason });
             }
         }
         if let Some(session) = attempt.session.take() {
@@ -246,12 +225,7 @@ struct Job<'a> {
 
 /// The request for a dump. The network namespace goes into the report when it is the container's own.
 fn prepare(job: &Job<'_>, report: &mut DumpReport) -> Result<Criu_req, DumpError> {
-    let Job {
-        container,
-        init,
-        writer,
-        options,
-    } = *job;
+    let Job { container, init, writer, options } = *job;
     let look = |source| container::Error::Process { pid: init, source };
     let mut request = request(Criu_req_type::DUMP, LOG, options.log_level, options.timeout);
     let opts = request.opts.mut_or_insert_default();
@@ -341,10 +315,8 @@ impl Attempt {
             let _ = tokio::time::timeout(DEATH_TIMEOUT, dying).await;
             self.dying = None;
         }
-        let was_killed = self
-            .last_alive
-            .as_ref()
-            .is_some_and(|pids| !pids.iter().all(|pid| procfs::alive(*pid)));
+        let was_killed =
+            self.last_alive.as_ref().is_some_and(|pids| !pids.iter().all(|pid| procfs::alive(*pid)));
         if was_killed {
             if let Err(error) = empty(&self.cgroup).await {
                 tracing::error!(%error, "what was dumped cannot be killed");

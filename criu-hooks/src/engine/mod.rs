@@ -86,16 +86,8 @@ impl Engine {
     pub fn new(criu: impl Into<PathBuf>, spawner: Arc<dyn Spawner>) -> Engine {
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         let engine = env!("CARGO_PKG_VERSION").to_owned();
-        let versions = Versions {
-            kernel,
-            engine,
-            ..Versions::default()
-        };
-        Engine {
-            criu: criu.into(),
-            spawner,
-            versions,
-        }
+        let versions = Versions { kernel, engine, ..Versions::default() };
+        Engine { criu: criu.into(), spawner, versions }
     }
 
     /// The versions of CRIU and runc to be noted in images.

@@ -155,11 +155,7 @@ impl Engine {
     ) -> Result<Restored, RestoreError> {
         let started = Instant::now();
         let spec_digest = &container.spec_digest;
-        image.verify(&Expected {
-            namespace,
-            container: &container.id,
-            spec_digest,
-        })?;
+        image.verify(&Expected { namespace, container: &container.id, spec_digest })?;
         if container.cgroup.populated()? {
             return Err(RestoreError::Running(container.cgroup.path().to_owned()));
         }
@@ -171,11 +167,8 @@ impl Engine {
                 source: error.into(),
             })?;
         }
-        let root =
-            RootMount::new(&container.rootfs, &container.bundle).map_err(|source| RestoreError::Rootfs {
-                path: container.rootfs.clone(),
-                source,
-            })?;
+        let root = RootMount::new(&container.rootfs, &container.bundle)
+            .map_err(|source| RestoreError::Rootfs { path: container.rootfs.clone(), source })?;
         let mut attempt = Attempt {
             cgroup: container.cgroup.clone(),
             spawner: Arc::clone(&self.spawner),
@@ -186,17 +179,11 @@ impl Engine {
             failed: true,
             in_background: false,
         };
-        let result = self
-            .try_restore(&mut attempt, container, image, options, inherit, hooks)
-            .await;
+        let result = self.try_restore(&mut attempt, container, image, options, inherit, hooks).await;
         match result {
             Ok((pid, console)) => {
                 attempt.failed = false;
-                Ok(Restored {
-                    pid,
-                    console,
-                    total: started.elapsed(),
-                })
+                Ok(Restored { pid, console, total: started.elapsed() })
             }
             Err(error) => {
                 attempt.settle().await;
@@ -237,22 +224,13 @@ impl Engine {
         }
 
         let failed = |error| RestoreError::Criu(Failure::new(error, image.work_dir(), LOG));
-        let session = attempt
-            .session
-            .insert(Session::start(&*self.spawner, launch).map_err(failed)?);
-        let mut notify = Notify {
-            hooks,
-            created: &mut attempt.created,
-            console: None,
-        };
+        let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
+        let mut notify = Notify { hooks, created: &mut attempt.created, console: None };
         let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
         let console = notify.console;
         let Ok(answered) = outcome else {
             let reason = criu::log::read_reason(image.work_dir(), LOG).unwrap_or_default();
-            return Err(RestoreError::Timeout {
-                after: options.timeout,
-                reason,
-            });
+            return Err(RestoreError::Timeout { after: options.timeout, reason });
         };
         let answer = answered.map_err(failed)?;
         let pid = Pid::from_raw(answer.restore.pid())
@@ -288,10 +266,7 @@ fn join_namespaces(
             inherit_as(request, launch, NETWORK_KEY.to_owned(), kept);
         }
     }
-    for (name, namespace) in [
-        ("ipc", &container.namespaces.ipc),
-        ("uts", &container.namespaces.uts),
-    ] {
+    for (name, namespace) in [("ipc", &container.namespaces.ipc), ("uts", &container.namespaces.uts)] {
         if let Namespace::Joined(path) = namespace {
             rustix::fs::stat(path).map_err(|error| gone(name, path)(error.into()))?;
             let mut join = Join_namespace::new();

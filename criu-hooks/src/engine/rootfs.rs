@@ -34,10 +34,7 @@ impl RootMount {
         let mount = RootMount { path };
         mount_bind_recursive(rootfs, &mount.path)?;
         // What happens in it stays in it: an unmount here must not reach the container's own root.
-        mount_change(
-            &mount.path,
-            MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
-        )?;
+        mount_change(&mount.path, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
         Ok(mount)
     }
 

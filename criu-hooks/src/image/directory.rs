@@ -31,19 +31,12 @@ pub(super) fn check_name(what: &'static str, value: &str) -> Result<(), Error> {
         "it is longer than 128 bytes"
     } else if value.starts_with('.') {
         "it starts with a dot"
-    } else if !value
-        .bytes()
-        .all(|byte| byte.is_ascii_alphanumeric() || b"-_.:+@".contains(&byte))
-    {
+    } else if !value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:+@".contains(&byte)) {
         "only letters, digits and -_.:+@ are allowed"
     } else {
         return Ok(());
     };
-    Err(Error::Name {
-        what,
-        value: value.chars().take(MAX_NAME).collect(),
-        why,
-    })
+    Err(Error::Name { what, value: value.chars().take(MAX_NAME).collect(), why })
 }
 
 /// Opens the directory `name` in `parent`.

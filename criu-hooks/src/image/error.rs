@@ -166,11 +166,7 @@ impl Error {
             Some(Errno::ROFS) => Error::ReadOnly(path),
             Some(Errno::NOSPC | Errno::DQUOT) => {
                 let free = super::directory::free_bytes(&path).unwrap_or_default();
-                Error::Full {
-                    path,
-                    free,
-                    needed: None,
-                }
+                Error::Full { path, free, needed: None }
             }
             Some(Errno::ACCESS | Errno::PERM) => Error::Permission { action, path },
             Some(Errno::NOTDIR | Errno::LOOP) => Error::NotADirectory(path),

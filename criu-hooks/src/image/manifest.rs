@@ -88,17 +88,11 @@ impl Manifest {
         struct OnlyVersion {
             version: u64,
         }
-        let invalid = |why: String| Error::ManifestInvalid {
-            path: path.to_owned(),
-            why,
-        };
+        let invalid = |why: String| Error::ManifestInvalid { path: path.to_owned(), why };
         let OnlyVersion { version } =
             serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
         if version != u64::from(MANIFEST_VERSION) {
-            return Err(Error::UnknownVersion {
-                path: path.to_owned(),
-                found: version,
-            });
+            return Err(Error::UnknownVersion { path: path.to_owned(), found: version });
         }
         let manifest: Manifest = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
         let mut seen = HashSet::new();
@@ -128,9 +122,7 @@ impl Manifest {
             });
         }
         if self.facts.spec_digest != expected.spec_digest {
-            return Err(Error::ForeignSpec {
-                image: path.to_owned(),
-            });
+            return Err(Error::ForeignSpec { image: path.to_owned() });
         }
         Ok(())
     }

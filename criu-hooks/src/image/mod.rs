@@ -94,22 +94,14 @@ impl Image {
         let boot = crate::procfs::boot_id()
             .map_err(|source| Error::io("read", Path::new("/proc/sys/kernel/random/boot_id"), source))?;
         if self.manifest.boot_id != boot {
-            return Err(Error::OtherBoot {
-                image: self.path.clone(),
-            });
+            return Err(Error::OtherBoot { image: self.path.clone() });
         }
         for name in directory::names(self.images.as_fd(), &self.path.join(IMAGES))? {
             if !self.manifest.files.iter().any(|file| file.name == name) {
-                return Err(Error::Unlisted {
-                    image: self.path.clone(),
-                    file: name,
-                });
+                return Err(Error::Unlisted { image: self.path.clone(), file: name });
             }
         }
-        self.manifest
-            .files
-            .iter()
-            .try_for_each(|file| self.verify_file(file))
+        self.manifest.files.iter().try_for_each(|file| self.verify_file(file))
     }
 
     fn verify_file(&self, entry: &FileEntry) -> Result<(), Error> {
@@ -128,20 +120,10 @@ impl Image {
         let found = u64::try_from(stat.st_size).unwrap_or_default();
         match found.cmp(&entry.size) {
             std::cmp::Ordering::Less => {
-                return Err(Error::Truncated {
-                    image,
-                    file,
-                    expected: entry.size,
-                    found,
-                });
+                return Err(Error::Truncated { image, file, expected: entry.size, found });
             }
             std::cmp::Ordering::Greater => {
-                return Err(Error::Grown {
-                    image,
-                    file,
-                    expected: entry.size,
-                    found,
-                });
+                return Err(Error::Grown { image, file, expected: entry.size, found });
             }
             std::cmp::Ordering::Equal => {}
         }
@@ -185,12 +167,10 @@ fn digest_of(reader: &mut impl Read) -> std::io::Result<String> {
 
 fn hexadecimal(bytes: &[u8]) -> String {
     use std::fmt::Write;
-    bytes
-        .iter()
-        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 #[cfg(test)]

@@ -88,11 +88,7 @@ impl Store {
         if let Some(needed) = expected_bytes {
             let free = self.free_bytes()?;
             if free < needed.saturating_add(SPARE) {
-                return Err(Error::Full {
-                    path: self.path.clone(),
-                    free,
-                    needed: Some(needed),
-                });
+                return Err(Error::Full { path: self.path.clone(), free, needed: Some(needed) });
             }
         }
         let mut last = Errno::EXIST;
@@ -106,9 +102,7 @@ impl Store {
                 };
                 let newest = generations(&parent, &path)?.into_iter().max().unwrap_or(0);
                 let generation = newest.saturating_add(1 + attempt);
-                Ok(ImageWriter::create(
-                    parent, &path, namespace, container, generation,
-                ))
+                Ok(ImageWriter::create(parent, &path, namespace, container, generation))
             };
             match begun()? {
                 Ok(writer) => return Ok(writer),
@@ -133,9 +127,7 @@ impl Store {
         let mut found = generations(&parent, &path)?;
         found.sort_unstable_by(|a, b| b.cmp(a));
         for generation in found {
-            let parent = parent
-                .try_clone()
-                .map_err(|source| Error::io("open", &path, source))?;
+            let parent = parent.try_clone().map_err(|source| Error::io("open", &path, source))?;
             if let Some(image) = open_image(parent, &path, generation)? {
                 return Ok(Some(image));
             }
@@ -241,29 +233,16 @@ pub(super) fn open_image(
     let manifest = Manifest::parse(&bytes, &manifest_path)?;
     if manifest.generation != generation {
         let why = format!("it is of generation {}", manifest.generation);
-        return Err(Error::ManifestInvalid {
-            path: manifest_path,
-            why,
-        });
+        return Err(Error::ManifestInvalid { path: manifest_path, why });
     }
     let images = directory::open(opened.as_fd(), IMAGES).map_err(fail)?;
     let work = directory::open_or_make(opened.as_fd(), WORK).map_err(fail)?;
-    Ok(Some(Image {
-        path,
-        parent,
-        images,
-        work,
-        manifest,
-    }))
+    Ok(Some(Image { path, parent, images, work, manifest }))
 }
 
 /// The numbers of the generations in a container's directory; other names are none of ours.
 fn generations(directory: &OwnedFd, path: &Path) -> Result<Vec<u64>, Error> {
     let names = directory::names(directory.as_fd(), path)?;
-    let number = |name: &String| {
-        name.parse::<u64>()
-            .ok()
-            .filter(|number| number.to_string() == *name)
-    };
+    let number = |name: &String| name.parse::<u64>().ok().filter(|number| number.to_string() == *name);
     Ok(names.iter().filter_map(number).collect())
 }

@@ -7,11 +7,7 @@ use std::{
 
 use super::*;
 
-const WANTED: Expected<'_> = Expected {
-    namespace: "k8s.io",
-    container: "agent",
-    spec_digest: "d1",
-};
+const WANTED: Expected<'_> = Expected { namespace: "k8s.io", container: "agent", spec_digest: "d1" };
 
 fn facts() -> Facts {
     Facts {
@@ -31,11 +27,8 @@ fn store() -> (tempfile::TempDir, Store) {
 /// A complete image with two files and a page file.
 fn image(store: &Store) -> Image {
     let writer = store.begin("k8s.io", "agent", Some(100)).unwrap();
-    for (name, contents) in [
-        ("core-1.img", "core"),
-        ("inventory.img", "inventory"),
-        ("pages-1.img", "pages"),
-    ] {
+    for (name, contents) in [("core-1.img", "core"), ("inventory.img", "inventory"), ("pages-1.img", "pages")]
+    {
         fs::write(writer.path().join("img").join(name), contents).unwrap();
     }
     writer.complete(facts()).unwrap();
@@ -51,18 +44,10 @@ fn a_complete_image_is_found_and_verifies() {
     assert_eq!(found.manifest(), written.manifest());
     assert_eq!(found.bytes(), 18);
     found.verify(&WANTED).unwrap();
-    let pages = found
-        .manifest()
-        .files
-        .iter()
-        .find(|file| file.name == "pages-1.img")
-        .unwrap();
+    let pages = found.manifest().files.iter().find(|file| file.name == "pages-1.img").unwrap();
     assert_eq!(pages.sha256, None);
     for directory in ["", "img", "work"] {
-        let mode = fs::metadata(found.path().join(directory))
-            .unwrap()
-            .permissions()
-            .mode();
+        let mode = fs::metadata(found.path().join(directory)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700, "{directory}");
     }
 }
@@ -97,26 +82,12 @@ fn the_newest_complete_generation_counts_and_a_damaged_one_is_an_error() {
     let (_above, store) = store();
     let first = image(&store);
     let second = image(&store);
-    assert_eq!(
-        (first.manifest().generation, second.manifest().generation),
-        (1, 2)
-    );
+    assert_eq!((first.manifest().generation, second.manifest().generation), (1, 2));
     let unfinished = store.begin("k8s.io", "agent", None).unwrap();
     assert_eq!(unfinished.generation(), 3);
-    assert_eq!(
-        store
-            .latest("k8s.io", "agent")
-            .unwrap()
-            .unwrap()
-            .manifest()
-            .generation,
-        2
-    );
+    assert_eq!(store.latest("k8s.io", "agent").unwrap().unwrap().manifest().generation, 2);
     fs::write(second.path().join("manifest.json"), "{}").unwrap();
-    assert!(matches!(
-        store.latest("k8s.io", "agent"),
-        Err(Error::ManifestInvalid { .. })
-    ));
+    assert!(matches!(store.latest("k8s.io", "agent"), Err(Error::ManifestInvalid { .. })));
 }
 
 #[test]
@@ -154,23 +125,10 @@ fn every_change_of_a_file_is_named() {
 fn a_foreign_image_is_refused() {
     let (_above, store) = store();
     let image = image(&store);
-    let wanted = |namespace, container, spec_digest| Expected {
-        namespace,
-        container,
-        spec_digest,
-    };
-    assert!(matches!(
-        image.verify(&wanted("moby", "agent", "d1")),
-        Err(Error::ForeignContainer { .. })
-    ));
-    assert!(matches!(
-        image.verify(&wanted("k8s.io", "other", "d1")),
-        Err(Error::ForeignContainer { .. })
-    ));
-    assert!(matches!(
-        image.verify(&wanted("k8s.io", "agent", "d2")),
-        Err(Error::ForeignSpec { .. })
-    ));
+    let wanted = |namespace, container, spec_digest| Expected { namespace, container, spec_digest };
+    assert!(matches!(image.verify(&wanted("moby", "agent", "d1")), Err(Error::ForeignContainer { .. })));
+    assert!(matches!(image.verify(&wanted("k8s.io", "other", "d1")), Err(Error::ForeignContainer { .. })));
+    assert!(matches!(image.verify(&wanted("k8s.io", "agent", "d2")), Err(Error::ForeignSpec { .. })));
 }
 
 #[test]
@@ -179,11 +137,7 @@ fn an_image_of_an_earlier_boot_is_refused() {
     let image = image(&store);
     let mut manifest = image.manifest().clone();
     manifest.boot_id = "another".to_owned();
-    fs::write(
-        image.path().join("manifest.json"),
-        serde_json::to_vec(&manifest).unwrap(),
-    )
-    .unwrap();
+    fs::write(image.path().join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
     let image = store.latest("k8s.io", "agent").unwrap().unwrap();
     assert!(matches!(image.verify(&WANTED), Err(Error::OtherBoot { .. })));
 }
@@ -197,32 +151,16 @@ fn manifests_of_other_versions_and_lengths_are_refused() {
         fs::write(&path, text).unwrap();
         store.latest("k8s.io", "agent").unwrap_err()
     };
-    assert!(matches!(
-        replaced(b"{\"version\": 2, \"new\": []}"),
-        Error::UnknownVersion { found: 2, .. }
-    ));
+    assert!(matches!(replaced(b"{\"version\": 2, \"new\": []}"), Error::UnknownVersion { found: 2, .. }));
     let long = vec![b' '; usize::try_from(MAX_MANIFEST).unwrap() + 1];
     assert!(matches!(replaced(&long), Error::ManifestTooLong { .. }));
     let mut manifest = image.manifest().clone();
     manifest.files[0].name = "../../etc/shadow".to_owned();
-    assert!(matches!(
-        replaced(&serde_json::to_vec(&manifest).unwrap()),
-        Error::ManifestInvalid { .. }
-    ));
+    assert!(matches!(replaced(&serde_json::to_vec(&manifest).unwrap()), Error::ManifestInvalid { .. }));
     manifest.files[0] = manifest.files[1].clone();
-    assert!(matches!(
-        replaced(&serde_json::to_vec(&manifest).unwrap()),
-        Error::ManifestInvalid { .. }
-    ));
-    manifest.files[0] = FileEntry {
-        name: "core-1.img".to_owned(),
-        size: 4,
-        sha256: None,
-    };
-    assert!(matches!(
-        replaced(&serde_json::to_vec(&manifest).unwrap()),
-        Error::ManifestInvalid { .. }
-    ));
+    assert!(matches!(replaced(&serde_json::to_vec(&manifest).unwrap()), Error::ManifestInvalid { .. }));
+    manifest.files[0] = FileEntry { name: "core-1.img".to_owned(), size: 4, sha256: None };
+    assert!(matches!(replaced(&serde_json::to_vec(&manifest).unwrap()), Error::ManifestInvalid { .. }));
     fs::remove_file(&path).unwrap();
     symlink("/etc/passwd", &path).unwrap();
     assert!(store.latest("k8s.io", "agent").is_err());
@@ -232,29 +170,10 @@ fn manifests_of_other_versions_and_lengths_are_refused() {
 fn names_that_are_no_names_are_refused() {
     let (_above, store) = store();
     let long = "x".repeat(129);
-    for bad in [
-        "",
-        ".",
-        "..",
-        "a/b",
-        "../a",
-        ".hidden",
-        "a\0b",
-        "a b",
-        long.as_str(),
-    ] {
-        assert!(
-            matches!(store.begin("k8s.io", bad, None), Err(Error::Name { .. })),
-            "{bad:?}"
-        );
-        assert!(
-            matches!(store.latest(bad, "agent"), Err(Error::Name { .. })),
-            "{bad:?}"
-        );
-        assert!(
-            matches!(store.remove_all(bad, "agent"), Err(Error::Name { .. })),
-            "{bad:?}"
-        );
+    for bad in ["", ".", "..", "a/b", "../a", ".hidden", "a\0b", "a b", long.as_str()] {
+        assert!(matches!(store.begin("k8s.io", bad, None), Err(Error::Name { .. })), "{bad:?}");
+        assert!(matches!(store.latest(bad, "agent"), Err(Error::Name { .. })), "{bad:?}");
+        assert!(matches!(store.remove_all(bad, "agent"), Err(Error::Name { .. })), "{bad:?}");
     }
     store.begin("k8s.io", "0a1B-_.:+@", None).unwrap();
 }
@@ -265,15 +184,9 @@ fn links_above_an_image_are_not_followed() {
     let target = above.path().join("target");
     fs::create_dir(&target).unwrap();
     symlink(&target, store.path().join("k8s.io")).unwrap();
-    assert!(matches!(
-        store.begin("k8s.io", "agent", None),
-        Err(Error::NotADirectory(_))
-    ));
+    assert!(matches!(store.begin("k8s.io", "agent", None), Err(Error::NotADirectory(_))));
     symlink(&target, above.path().join("link")).unwrap();
-    assert!(matches!(
-        Store::open(above.path().join("link")),
-        Err(Error::NotADirectory(_))
-    ));
+    assert!(matches!(Store::open(above.path().join("link")), Err(Error::NotADirectory(_))));
     assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
 }
 
@@ -281,20 +194,14 @@ fn links_above_an_image_are_not_followed() {
 fn a_store_that_others_can_read_is_refused() {
     let (_above, store) = store();
     fs::set_permissions(store.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    assert!(matches!(
-        Store::open(store.path()),
-        Err(Error::Exposed { mode: 0o755, .. })
-    ));
+    assert!(matches!(Store::open(store.path()), Err(Error::Exposed { mode: 0o755, .. })));
 }
 
 #[test]
 fn a_file_in_place_of_the_store_is_named() {
     let file = tempfile::NamedTempFile::new().unwrap();
     assert!(matches!(Store::open(file.path()), Err(Error::NotADirectory(path)) if path == file.path()));
-    assert!(matches!(
-        Store::open(file.path().join("below")),
-        Err(Error::NotADirectory(_))
-    ));
+    assert!(matches!(Store::open(file.path().join("below")), Err(Error::NotADirectory(_))));
 }
 
 #[test]
@@ -347,10 +254,7 @@ fn removing_an_image_removes_it_and_what_it_links_to_stays() {
 
 #[test]
 fn a_digest_is_the_known_one() {
-    assert_eq!(
-        digest(b"abc"),
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    );
+    assert_eq!(digest(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
 }
 
 proptest::proptest! {

@@ -82,9 +82,7 @@ impl ImageWriter {
             work,
             state: Mutex::new(State::Open),
         };
-        Ok(ImageWriter {
-            generation: Arc::new(generation),
-        })
+        Ok(ImageWriter { generation: Arc::new(generation) })
     }
 
     /// Its directory.
@@ -151,17 +149,12 @@ impl ImageWriter {
     /// [`Error::Missing`] when it is not complete.
     pub fn finish(self) -> Result<Image, Error> {
         let generation = &self.generation;
-        let missing = || Error::Missing {
-            image: generation.path.clone(),
-            file: MANIFEST.to_owned(),
-        };
+        let missing = || Error::Missing { image: generation.path.clone(), file: MANIFEST.to_owned() };
         if !self.is_complete() {
             return Err(missing());
         }
-        let parent = generation
-            .parent
-            .try_clone()
-            .map_err(|source| Error::io("open", &generation.path, source))?;
+        let parent =
+            generation.parent.try_clone().map_err(|source| Error::io("open", &generation.path, source))?;
         let above = generation.path.parent().unwrap_or(&generation.path);
         super::store::open_image(parent, above, generation.number)?.ok_or_else(missing)
     }
@@ -199,8 +192,7 @@ impl Generation {
             facts,
             files: self.files()?,
         };
-        self.write(&manifest)
-            .map_err(|source| Error::io("write", &self.path.join(MANIFEST), source))?;
+        self.write(&manifest).map_err(|source| Error::io("write", &self.path.join(MANIFEST), source))?;
         Ok(manifest)
     }
 
@@ -233,10 +225,7 @@ impl Generation {
         let opened = directory::open_file(self.images.as_fd(), &name).map_err(fail)?;
         let stat = rustix::fs::fstat(&opened).map_err(fail)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Error::Altered {
-                image: self.path.clone(),
-                file: name,
-            });
+            return Err(Error::Altered { image: self.path.clone(), file: name });
         }
         let sha256 = if is_pages(&name) {
             None
@@ -245,11 +234,7 @@ impl Generation {
                 digest_of(&mut File::from(opened)).map_err(|source| Error::io("read", &path, source))?;
             Some(found)
         };
-        Ok(FileEntry {
-            name,
-            size: u64::try_from(stat.st_size).unwrap_or_default(),
-            sha256,
-        })
+        Ok(FileEntry { name, size: u64::try_from(stat.st_size).unwrap_or_default(), sha256 })
     }
 
     fn write(&self, manifest: &Manifest) -> std::io::Result<()> {

@@ -56,20 +56,12 @@ pub struct Setup<'a> {
 
 impl Default for Setup<'_> {
     fn default() -> Self {
-        Setup {
-            args: &COUNTER,
-            change: &|_| {},
-            whole_root: false,
-        }
+        Setup { args: &COUNTER, change: &|_| {}, whole_root: false }
     }
 }
 
 /// Counts on its output and, in memory alone, on.
-pub const COUNTER: [&str; 3] = [
-    "sh",
-    "-c",
-    "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done",
-];
+pub const COUNTER: [&str; 3] = ["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"];
 
 pub fn engine() -> Engine {
     Engine::new("/usr/sbin/criu", Arc::new(LocalSpawner)).with_versions("test", "test")
@@ -90,11 +82,7 @@ impl Agent {
             .stderr(stdio())
             .status()
             .unwrap();
-        assert!(
-            status.success(),
-            "runc run: {status}: {}",
-            drain(&mut fs::File::from(read))
-        );
+        assert!(status.success(), "runc run: {status}: {}", drain(&mut fs::File::from(read)));
         Agent::adopt(id, bundle, (read.into(), write))
     }
 
@@ -127,11 +115,7 @@ impl Agent {
                 return line;
             }
             self.seen.push_str(&drain(&mut self.output.0));
-            assert!(
-                start.elapsed() < Duration::from_secs(20),
-                "no output from {}",
-                self.id
-            );
+            assert!(start.elapsed() < Duration::from_secs(20), "no output from {}", self.id);
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -157,10 +141,7 @@ impl Agent {
 
     pub async fn dump_with(&mut self, options: &DumpOptions) -> Result<DumpReport, DumpError> {
         let writer = self.store.begin(NAMESPACE, &self.id, None).unwrap();
-        let result = self
-            .engine
-            .dump(&self.container, self.pid, &writer, options, &mut NoHooks)
-            .await;
+        let result = self.engine.dump(&self.container, self.pid, &writer, options, &mut NoHooks).await;
         result.map(|mut report| {
             self.network = report.network.take();
             reap(self.pid);
@@ -174,10 +155,7 @@ impl Agent {
 
     pub fn restore_options(&self) -> RestoreOptions {
         let network = self.network.as_ref().map(|network| network.try_clone().unwrap());
-        RestoreOptions {
-            network,
-            ..RestoreOptions::default()
-        }
+        RestoreOptions { network, ..RestoreOptions::default() }
     }
 
     /// What stands in for the pipes of the dump.
@@ -186,28 +164,14 @@ impl Agent {
         keys.retain(|key| key.starts_with("pipe:"));
         keys.dedup();
         let end = || self.output.1.try_clone().unwrap();
-        keys.into_iter()
-            .map(|key| InheritFd {
-                key: key.clone(),
-                fd: end(),
-            })
-            .collect()
+        keys.into_iter().map(|key| InheritFd { key: key.clone(), fd: end() }).collect()
     }
 
     pub async fn restore(&mut self) -> Result<Restored, RestoreError> {
         let image = self.image();
         let (options, inherit) = (self.restore_options(), self.inherit(&image));
-        let restored = self
-            .engine
-            .restore(
-                NAMESPACE,
-                &self.container,
-                &image,
-                &options,
-                inherit,
-                &mut NoHooks,
-            )
-            .await?;
+        let restored =
+            self.engine.restore(NAMESPACE, &self.container, &image, &options, inherit, &mut NoHooks).await?;
         self.pid = restored.pid;
         Ok(restored)
     }
@@ -218,12 +182,7 @@ impl Agent {
 
     /// Runs a command in the container through runc and gives its output.
     pub fn exec(&self, args: &[&str]) -> String {
-        let output = Command::new(RUNC)
-            .arg("exec")
-            .arg(&self.id)
-            .args(args)
-            .output()
-            .unwrap();
+        let output = Command::new(RUNC).arg("exec").arg(&self.id).args(args).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "exec {args:?}: {stderr}");
         String::from_utf8(output.stdout).unwrap()
@@ -232,17 +191,9 @@ impl Agent {
     /// Whether its processes run: none is stopped, traced or frozen.
     pub fn assert_running(&self) {
         assert!(procfs::alive(self.pid), "{} is dead", self.id);
-        assert!(
-            !self.container.cgroup.is_frozen().unwrap(),
-            "{} is frozen",
-            self.id
-        );
+        assert!(!self.container.cgroup.is_frozen().unwrap(), "{} is frozen", self.id);
         let state = procfs::stat(self.pid).unwrap().state;
-        assert!(
-            matches!(state, 'R' | 'S' | 'D'),
-            "{} is in state {state}",
-            self.id
-        );
+        assert!(matches!(state, 'R' | 'S' | 'D'), "{} is in state {state}", self.id);
     }
 
     /// Ends the container and removes what runc keeps of it.
@@ -294,11 +245,7 @@ fn make_bundle(id: &str, bundle: &Path, setup: &Setup<'_>) {
     symlink("../run", base.join("lower/var-run")).unwrap();
     fs::create_dir(base.join("lower/var")).unwrap();
     symlink("../run", base.join("lower/var/run")).unwrap();
-    let lower = if setup.whole_root {
-        PathBuf::from("/")
-    } else {
-        base.join("lower")
-    };
+    let lower = if setup.whole_root { PathBuf::from("/") } else { base.join("lower") };
     let options = format!(
         "lowerdir={},upperdir={base}/upper,workdir={base}/work",
         lower.display(),
@@ -313,14 +260,7 @@ fn make_bundle(id: &str, bundle: &Path, setup: &Setup<'_>) {
         .unwrap();
     assert!(mounted.success());
 
-    assert!(
-        Command::new(RUNC)
-            .arg("spec")
-            .current_dir(bundle)
-            .status()
-            .unwrap()
-            .success()
-    );
+    assert!(Command::new(RUNC).arg("spec").current_dir(bundle).status().unwrap().success());
     let path = bundle.join("config.json");
     let mut spec: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     spec["process"]["terminal"] = json!(false);
@@ -330,10 +270,7 @@ fn make_bundle(id: &str, bundle: &Path, setup: &Setup<'_>) {
     spec["root"]["readonly"] = json!(false);
     spec["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
     spec["linux"].as_object_mut().unwrap().remove("resources");
-    spec["linux"]["maskedPaths"]
-        .as_array_mut()
-        .unwrap()
-        .push(json!("/proc/does-not-exist"));
+    spec["linux"]["maskedPaths"].as_array_mut().unwrap().push(json!("/proc/does-not-exist"));
     (setup.change)(&mut spec);
     fs::write(&path, serde_json::to_vec(&spec).unwrap()).unwrap();
 }
@@ -342,27 +279,11 @@ fn make_bundle(id: &str, bundle: &Path, setup: &Setup<'_>) {
 pub fn start_with_terminal(id: &str, args: &[&str]) -> (Agent, OwnedFd) {
     let bundle = PathBuf::from(format!("/run/bundles/{id}"));
     let change = |spec: &mut Value| spec["process"]["terminal"] = json!(true);
-    make_bundle(
-        id,
-        &bundle,
-        &Setup {
-            args,
-            change: &change,
-            ..Setup::default()
-        },
-    );
+    make_bundle(id, &bundle, &Setup { args, change: &change, ..Setup::default() });
     let path = format!("/run/{id}.sock");
     let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     let mut runc = Command::new(RUNC)
-        .args([
-            "run",
-            "--detach",
-            "--pid-file",
-            "/run/pid",
-            "--console-socket",
-            &path,
-            "--bundle",
-        ])
+        .args(["run", "--detach", "--pid-file", "/run/pid", "--console-socket", &path, "--bundle"])
         .args([bundle.as_os_str(), id.as_ref()])
         .stdin(Stdio::null())
         .spawn()

@@ -42,10 +42,7 @@ exec /run/test-binary --exact "$test" --nocapture --test-threads 1
 /// Runs `body` inside a node of its own, as its first process. Where that is not possible it says why and passes.
 pub fn in_node(test: &str, body: impl AsyncFnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(body());
         return;
     }
@@ -60,9 +57,7 @@ fn launch(test: &str) -> Result<bool, String> {
         return Err("it needs root".to_owned());
     }
     let rootfs = std::env::var_os(ROOTFS).map(PathBuf::from);
-    let rootfs = rootfs.ok_or(format!(
-        "{ROOTFS} does not name a root file system with runc and CRIU"
-    ))?;
+    let rootfs = rootfs.ok_or(format!("{ROOTFS} does not name a root file system with runc and CRIU"))?;
     for program in ["usr/sbin/criu", "usr/sbin/runc", "bin/busybox"] {
         if fs::symlink_metadata(rootfs.join(program)).is_err() {
             return Err(format!("{} lacks {program}", rootfs.display()));
@@ -102,10 +97,7 @@ fn launch(test: &str) -> Result<bool, String> {
 fn unified_tree() -> Option<PathBuf> {
     let mounts = fs::read("/proc/self/mountinfo").ok()?;
     let mounts = criu_hooks::procfs::parse_mountinfo(&mounts);
-    mounts
-        .into_iter()
-        .find(|mount| mount.fs_type == "cgroup2")
-        .map(|mount| mount.mount_point)
+    mounts.into_iter().find(|mount| mount.fs_type == "cgroup2").map(|mount| mount.mount_point)
 }
 
 fn remove_cgroup(path: &Path) {
@@ -114,17 +106,10 @@ fn remove_cgroup(path: &Path) {
         let mut at = 0;
         while let Some(directory) = below.get(at).cloned() {
             let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
-            below.extend(
-                entries
-                    .filter(|entry| entry.path().is_dir())
-                    .map(|entry| entry.path()),
-            );
+            below.extend(entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.path()));
             at += 1;
         }
-        let removed = below
-            .iter()
-            .rev()
-            .all(|directory| fs::remove_dir(directory).is_ok());
+        let removed = below.iter().rev().all(|directory| fs::remove_dir(directory).is_ok());
         if removed || !path.exists() {
             return;
         }

@@ -64,16 +64,10 @@ enum Verb {
 
 fn main() -> ExitCode {
     let run = match Arguments::parse().verb {
-        Verb::Up {
-            images_in_memory,
-            log_level,
-            shim_toml,
-        } => up(!images_in_memory, log_level, shim_toml),
+        Verb::Up { images_in_memory, log_level, shim_toml } => up(!images_in_memory, log_level, shim_toml),
         Verb::Exec { words } => exec(words),
         Verb::Shell { node } => shell(node),
-        Verb::Down { node } => find(node)
-            .and_then(|entrance| Ok(node::down(&entrance)?))
-            .map(|()| 0),
+        Verb::Down { node } => find(node).and_then(|entrance| Ok(node::down(&entrance)?)).map(|()| 0),
         Verb::Rootfs => build(),
         Verb::Supervise => node::supervise().map(|()| 0).map_err(Into::into),
         Verb::Init { plan } => node::init(&plan).map(|()| 0).map_err(Into::into),
@@ -96,11 +90,7 @@ fn main() -> ExitCode {
 }
 
 fn up(images_on_disk: bool, log_level: String, shim_toml: Option<PathBuf>) -> anyhow::Result<i32> {
-    let mut options = NodeOptions {
-        images_on_disk,
-        log_level,
-        ..NodeOptions::default()
-    };
+    let mut options = NodeOptions { images_on_disk, log_level, ..NodeOptions::default() };
     if let Some(path) = shim_toml {
         options.shim_toml =
             std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
@@ -119,9 +109,7 @@ fn up(images_on_disk: bool, log_level: String, shim_toml: Option<PathBuf>) -> an
 fn exec(mut words: Vec<OsString>) -> anyhow::Result<i32> {
     let first = words.first().and_then(|word| word.to_str()).unwrap_or_default();
     let named = Entrance::all().into_iter().any(|entrance| entrance.name == first);
-    let node = named
-        .then(|| words.remove(0))
-        .and_then(|word| word.into_string().ok());
+    let node = named.then(|| words.remove(0)).and_then(|word| word.into_string().ok());
     anyhow::ensure!(!words.is_empty(), "no command given");
     run(&find(node)?, words)
 }
@@ -146,15 +134,9 @@ fn find(node: Option<String>) -> anyhow::Result<Entrance> {
     anyhow::ensure!(
         running.len() < 2,
         "several nodes are running, name one of them: {}",
-        running
-            .iter()
-            .map(|entrance| entrance.name.as_str())
-            .collect::<Vec<_>>()
-            .join(", ")
+        running.iter().map(|entrance| entrance.name.as_str()).collect::<Vec<_>>().join(", ")
     );
-    running
-        .pop()
-        .ok_or_else(|| NodeError::Unknown("at all".into()).into())
+    running.pop().ok_or_else(|| NodeError::Unknown("at all".into()).into())
 }
 
 fn build() -> anyhow::Result<i32> {

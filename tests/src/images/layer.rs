@@ -47,14 +47,12 @@ impl<'a> Layer<'a> {
 
     /// Adds an executable text.
     pub(super) fn text(&mut self, path: &str, text: &'static str) {
-        self.entries
-            .insert(path.trim_start_matches('/').into(), Entry::Text(text));
+        self.entries.insert(path.trim_start_matches('/').into(), Entry::Text(text));
     }
 
     /// Adds a symbolic link.
     pub(super) fn link(&mut self, path: &str, target: &str) {
-        self.entries
-            .insert(path.trim_start_matches('/').into(), Entry::Link(target.into()));
+        self.entries.insert(path.trim_start_matches('/').into(), Entry::Link(target.into()));
     }
 
     /// Adds a file of the root file system, or what its link leads to, under the same path or another one.
@@ -75,10 +73,7 @@ impl<'a> Layer<'a> {
     pub(super) fn folder(&mut self, path: &str, unwanted: &[&str]) -> Result<(), ImageError> {
         let source = self.resolve(path)?;
         self.entries.insert(merged(path), Entry::Folder(0o755));
-        let error = |source: io::Error| ImageError::Io {
-            path: path.into(),
-            source,
-        };
+        let error = |source: io::Error| ImageError::Io { path: path.into(), source };
         for entry in fs::read_dir(&source).map_err(error)? {
             let name = entry.map_err(error)?.file_name();
             let name = name.to_string_lossy();
@@ -103,14 +98,8 @@ impl<'a> Layer<'a> {
     }
 
     fn libraries(&mut self, path: &str) -> Result<(), ImageError> {
-        let output = Command::new("chroot")
-            .arg(self.rootfs)
-            .args(["/usr/bin/ldd", path])
-            .output();
-        let output = output.map_err(|source| ImageError::Io {
-            path: "chroot".into(),
-            source,
-        })?;
+        let output = Command::new("chroot").arg(self.rootfs).args(["/usr/bin/ldd", path]).output();
+        let output = output.map_err(|source| ImageError::Io { path: "chroot".into(), source })?;
         for library in loaded(&String::from_utf8_lossy(&output.stdout)) {
             if !self.entries.contains_key(&merged(&library)) {
                 self.file(&library, &library)?;
@@ -121,18 +110,11 @@ impl<'a> Layer<'a> {
 
     /// The host's path of a path in the root file system, links resolved.
     fn resolve(&self, path: &str) -> Result<PathBuf, ImageError> {
-        let lacking = || ImageError::Lacking {
-            path: path.into(),
-            rootfs: self.rootfs.into(),
-        };
+        let lacking = || ImageError::Lacking { path: path.into(), rootfs: self.rootfs.into() };
         let real = fs::canonicalize(self.rootfs.join(path.trim_start_matches('/'))).map_err(|_| lacking())?;
         // Debian's links inside /usr are relative; one that leads out of the root file system is not ours to follow.
         let root = fs::canonicalize(self.rootfs).map_err(|_| lacking())?;
-        if real.starts_with(root) {
-            Ok(real)
-        } else {
-            Err(lacking())
-        }
+        if real.starts_with(root) { Ok(real) } else { Err(lacking()) }
     }
 
     /// Writes the layer as a tar, the same one each time.
@@ -143,21 +125,14 @@ impl<'a> Layer<'a> {
         }
         tar.into_inner()
             .and_then(|mut target| target.flush())
-            .map_err(|source| ImageError::Io {
-                path: "the layer".into(),
-                source,
-            })
+            .map_err(|source| ImageError::Io { path: "the layer".into(), source })
     }
 
     /// All entries, each folder before what is in it.
     fn with_parents(&self) -> BTreeMap<PathBuf, &Entry> {
         let mut all: BTreeMap<PathBuf, &Entry> = BTreeMap::new();
         for (path, entry) in &self.entries {
-            for parent in path
-                .ancestors()
-                .skip(1)
-                .filter(|parent| !parent.as_os_str().is_empty())
-            {
+            for parent in path.ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty()) {
                 if !self.entries.contains_key(parent) {
                     all.insert(parent.into(), &Entry::Folder(0o755));
                 }
@@ -204,10 +179,7 @@ fn append(tar: &mut Builder<impl Write>, path: &Path, entry: &Entry) -> io::Resu
 /// The path in the image, with the top-level links resolved.
 fn merged(path: &str) -> PathBuf {
     let path = path.trim_start_matches('/');
-    if MERGED
-        .iter()
-        .any(|name| path.strip_prefix(name).is_some_and(|rest| rest.starts_with('/')))
-    {
+    if MERGED.iter().any(|name| path.strip_prefix(name).is_some_and(|rest| rest.starts_with('/'))) {
         Path::new("usr").join(path)
     } else {
         path.into()
@@ -235,10 +207,7 @@ mod tests {
         let ldd = "\tlinux-vdso.so.1 (0x00007fff)\n\
                    \tlibm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x00007f01)\n\
                    \t/lib64/ld-linux-x86-64.so.2 (0x00007f02)\n";
-        assert_eq!(
-            loaded(ldd),
-            ["/lib/x86_64-linux-gnu/libm.so.6", "/lib64/ld-linux-x86-64.so.2"]
-        );
+        assert_eq!(loaded(ldd), ["/lib/x86_64-linux-gnu/libm.so.6", "/lib64/ld-linux-x86-64.so.2"]);
         assert!(loaded("\tnot a dynamic executable\n").is_empty());
     }
 
@@ -265,17 +234,9 @@ mod tests {
         let written = bytes();
         assert_eq!(written, bytes());
         let mut archive = tar::Archive::new(written.as_slice());
-        let paths: Vec<String> = archive
-            .entries()
-            .unwrap()
-            .map(|e| e.unwrap().path().unwrap().display().to_string())
-            .collect();
-        let place = |path: &str| {
-            paths
-                .iter()
-                .position(|p| p.trim_end_matches('/') == path)
-                .unwrap()
-        };
+        let paths: Vec<String> =
+            archive.entries().unwrap().map(|e| e.unwrap().path().unwrap().display().to_string()).collect();
+        let place = |path: &str| paths.iter().position(|p| p.trim_end_matches('/') == path).unwrap();
         assert!(place("usr/lib/deep") < place("usr/lib/deep/file"));
         assert!(place("agent") < paths.len());
     }
@@ -285,9 +246,6 @@ mod tests {
         let rootfs = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/etc/hostname", rootfs.path().join("out")).unwrap();
         let mut layer = Layer::new(rootfs.path());
-        assert!(matches!(
-            layer.file("/out", "/out"),
-            Err(ImageError::Lacking { .. })
-        ));
+        assert!(matches!(layer.file("/out", "/out"), Err(ImageError::Lacking { .. })));
     }
 }

@@ -55,13 +55,7 @@ pub enum Image {
 
 impl Image {
     /// All images.
-    pub const ALL: [Self; 5] = [
-        Self::Counter,
-        Self::Python,
-        Self::Shell,
-        Self::NodeJs,
-        Self::Pause,
-    ];
+    pub const ALL: [Self; 5] = [Self::Counter, Self::Python, Self::Shell, Self::NodeJs, Self::Pause];
 
     /// The name under which containerd has the image.
     pub fn reference(self) -> &'static str {
@@ -82,11 +76,7 @@ impl Image {
         let recipe = Recipe::of(self);
         let folder = cache::folder()?;
         let named = rootfs.file_name().unwrap_or_default();
-        let key = cache::key([
-            FORMAT.as_bytes(),
-            named.as_encoded_bytes(),
-            format!("{recipe:?}").as_bytes(),
-        ]);
+        let key = cache::key([FORMAT.as_bytes(), named.as_encoded_bytes(), format!("{recipe:?}").as_bytes()]);
         let name = format!("image-{}-{key}", recipe.name);
         let done = folder.join(format!("{name}.tar"));
         if done.exists() {
@@ -100,10 +90,7 @@ impl Image {
         let partial = folder.join(format!("{name}.partial"));
         let layer = recipe.layer(rootfs)?;
         oci::write(&partial, self.reference(), &layer, &recipe.config())?;
-        fs::rename(&partial, &done).map_err(|source| ImageError::Io {
-            path: done.clone(),
-            source,
-        })?;
+        fs::rename(&partial, &done).map_err(|source| ImageError::Io { path: done.clone(), source })?;
         Ok(done)
     }
 }

@@ -20,24 +20,14 @@ pub(super) fn write(
     layer: &Layer<'_>,
     config: &Value,
 ) -> Result<(), ImageError> {
-    let error = |source: io::Error| ImageError::Io {
-        path: path.into(),
-        source,
-    };
+    let error = |source: io::Error| ImageError::Io { path: path.into(), source };
     // The layer's digest comes before its bytes, so it is made in memory first.
     let memory = memfd_create("layer", MemfdFlags::CLOEXEC).map_err(|errno| error(errno.into()))?;
-    let mut bytes = Hashing {
-        inner: io::BufWriter::new(File::from(memory)),
-        hash: Sha256::new(),
-        size: 0,
-    };
+    let mut bytes = Hashing { inner: io::BufWriter::new(File::from(memory)), hash: Sha256::new(), size: 0 };
     layer.write(&mut bytes)?;
     let layer_digest = format!("sha256:{}", hex(&bytes.hash.finalize()));
     let layer_size = bytes.size;
-    let mut bytes = bytes
-        .inner
-        .into_inner()
-        .map_err(|failed| error(failed.into_error()))?;
+    let mut bytes = bytes.inner.into_inner().map_err(|failed| error(failed.into_error()))?;
     bytes.seek(SeekFrom::Start(0)).map_err(error)?;
 
     let architecture = match std::env::consts::ARCH {
@@ -60,11 +50,8 @@ pub(super) fn write(
         "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", &layer_digest, layer_size)],
     })
     .to_string();
-    let mut entry = descriptor(
-        "application/vnd.oci.image.manifest.v1+json",
-        &digest(&manifest),
-        manifest.len() as u64,
-    );
+    let mut entry =
+        descriptor("application/vnd.oci.image.manifest.v1+json", &digest(&manifest), manifest.len() as u64);
     entry["annotations"] =
         json!({ "io.containerd.image.name": reference, "org.opencontainers.image.ref.name": "1" });
     let index = json!({
@@ -85,16 +72,8 @@ pub(super) fn write(
     let layout = r#"{"imageLayoutVersion":"1.0.0"}"#;
     add("oci-layout", layout.len() as u64, &mut layout.as_bytes())?;
     add(&blob(&layer_digest), layer_size, &mut bytes)?;
-    add(
-        &blob(&digest(&config)),
-        config.len() as u64,
-        &mut config.as_bytes(),
-    )?;
-    add(
-        &blob(&digest(&manifest)),
-        manifest.len() as u64,
-        &mut manifest.as_bytes(),
-    )?;
+    add(&blob(&digest(&config)), config.len() as u64, &mut config.as_bytes())?;
+    add(&blob(&digest(&manifest)), manifest.len() as u64, &mut manifest.as_bytes())?;
     add("index.json", index.len() as u64, &mut index.as_bytes())?;
     let mut file = tar.into_inner().map_err(error)?;
     file.flush().map_err(error)

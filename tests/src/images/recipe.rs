@@ -133,14 +133,8 @@ impl Recipe {
 /// The folder of Python's library, whatever its version.
 fn python_library(rootfs: &Path) -> Result<String, ImageError> {
     let program = rootfs.join("usr/bin/python3");
-    let lacking = || ImageError::Lacking {
-        path: "/usr/bin/python3".into(),
-        rootfs: rootfs.into(),
-    };
+    let lacking = || ImageError::Lacking { path: "/usr/bin/python3".into(), rootfs: rootfs.into() };
     // Debian's python3 is a link to the program of one version, and the library is called like that.
     let version = std::fs::read_link(program).map_err(|_| lacking())?;
-    version
-        .file_name()
-        .map(|name| format!("/usr/lib/{}", name.to_string_lossy()))
-        .ok_or_else(lacking)
+    version.file_name().map(|name| format!("/usr/lib/{}", name.to_string_lossy())).ok_or_else(lacking)
 }

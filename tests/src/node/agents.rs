@@ -163,16 +163,10 @@ impl AgentSpec {
 
     /// The arguments of `ctr` that start the agent.
     fn command_line(&self, detached: bool) -> Vec<String> {
-        let mut words: Vec<String> = [
-            "ctr",
-            "--namespace",
-            &self.namespace,
-            "run",
-            "--runtime",
-            self.runtime.name(),
-        ]
-        .map(str::to_owned)
-        .into();
+        let mut words: Vec<String> =
+            ["ctr", "--namespace", &self.namespace, "run", "--runtime", self.runtime.name()]
+                .map(str::to_owned)
+                .into();
         let mut flag = |name: &str, value: String| words.extend([name.to_owned(), value]);
         if self.runtime == Runtime::Agentcube {
             flag("--runtime-config-path", SHIM_TOML.into());
@@ -236,11 +230,7 @@ impl Node {
     pub fn run_agent(&self, spec: &AgentSpec) -> Result<Agent<'_>> {
         let net = self.prepare(spec)?;
         self.command(spec.command_line(true)).run()?.check()?;
-        Ok(Agent {
-            node: self,
-            spec: spec.clone(),
-            net,
-        })
+        Ok(Agent { node: self, spec: spec.clone(), net })
     }
 
     /// Starts an agent with `ctr run` in the foreground, which passes on its output and its exit status. With a
@@ -255,14 +245,7 @@ impl Node {
             command = command.terminal(24, 80);
         }
         let spawned = command.spawn()?;
-        Ok((
-            Agent {
-                node: self,
-                spec: spec.clone(),
-                net,
-            },
-            spawned,
-        ))
+        Ok((Agent { node: self, spec: spec.clone(), net }, spawned))
     }
 
     fn prepare(&self, spec: &AgentSpec) -> Result<OwnedFd> {
@@ -319,10 +302,7 @@ impl Agent<'_> {
             return Ok(reply.body);
         }
         let what = format!("{} answered {} to {method} {path}", self.id(), reply.status);
-        Err(NodeError::Answer {
-            what,
-            answer: reply.body,
-        })
+        Err(NodeError::Answer { what, answer: reply.body })
     }
 
     /// Waits until the agent answers `GET /health`.
@@ -331,14 +311,11 @@ impl Agent<'_> {
     /// When it does not within half a minute; the error holds its log.
     pub fn wait_healthy(&self) -> Result<()> {
         let what = format!("{} to answer", self.id());
-        let waited = self
-            .node
-            .wait_until(&what, ANSWER, || Ok(self.get("GET", "/health", "").is_ok()));
+        let waited = self.node.wait_until(&what, ANSWER, || Ok(self.get("GET", "/health", "").is_ok()));
         waited.map_err(|error| match (error, self.log()) {
-            (NodeError::Timeout { what, after }, Ok(log)) => NodeError::Timeout {
-                what: format!("{what}; its log: {log:?}"),
-                after,
-            },
+            (NodeError::Timeout { what, after }, Ok(log)) => {
+                NodeError::Timeout { what: format!("{what}; its log: {log:?}"), after }
+            }
             (error, _) => error,
         })
     }
@@ -362,10 +339,7 @@ impl Agent<'_> {
         let value: Option<serde_json::Value> = serde_json::from_str(&answer).ok();
         value
             .and_then(|value| value["turn"].as_u64())
-            .ok_or_else(|| NodeError::Answer {
-                what: format!("the turn of {}", self.id()),
-                answer,
-            })
+            .ok_or_else(|| NodeError::Answer { what: format!("the turn of {}", self.id()), answer })
     }
 
     /// A hash over all that the agent holds in memory: its ballast and its conversation.
@@ -436,9 +410,7 @@ impl Agent<'_> {
     /// # Errors
     /// When containerd refuses.
     pub fn kill(&self, signal: &str) -> Result<()> {
-        self.ctr(&["task", "kill", "--signal", signal, self.id()])?
-            .check()
-            .map(drop)
+        self.ctr(&["task", "kill", "--signal", signal, self.id()])?.check().map(drop)
     }
 
     /// Waits until the task has stopped, then deletes it and the container; gives back the exit status.
@@ -447,17 +419,13 @@ impl Agent<'_> {
     /// When it does not stop in time, or something can't be deleted.
     pub fn wait_and_delete(&self, timeout: Duration) -> Result<i32> {
         let what = format!("{} to stop", self.id());
-        self.node.wait_until(&what, timeout, || {
-            Ok(self.task()?.is_some_and(|(_, state)| state == "STOPPED"))
-        })?;
+        self.node
+            .wait_until(&what, timeout, || Ok(self.task()?.is_some_and(|(_, state)| state == "STOPPED")))?;
         // The exit status of this command is that of the task.
         let deleted = self.ctr(&["task", "delete", self.id()])?;
         if let Some((_, state)) = self.task()? {
             let what = format!("ctr task delete {} left a task in state {state}", self.id());
-            return Err(NodeError::Answer {
-                what,
-                answer: deleted.stderr,
-            });
+            return Err(NodeError::Answer { what, answer: deleted.stderr });
         }
         self.delete_container()?;
         Ok(deleted.status)
@@ -525,15 +493,8 @@ mod tests {
             line.starts_with("ctr --namespace default run --runtime io.containerd.agentcube.v1 "),
             "{line}"
         );
-        assert!(
-            line.ends_with(&format!("--detach {image} a1 /bin/sh -c exit 42")),
-            "{line}"
-        );
-        for part in [
-            "--with-ns network:/run/netns/a1",
-            "--env PORT=8080 --env A=1",
-            "--annotation k=v",
-        ] {
+        assert!(line.ends_with(&format!("--detach {image} a1 /bin/sh -c exit 42")), "{line}");
+        for part in ["--with-ns network:/run/netns/a1", "--env PORT=8080 --env A=1", "--annotation k=v"] {
             assert!(line.contains(part), "{part} not in {line}");
         }
         assert!(!line.contains("--net-host"), "{line}");
@@ -541,14 +502,8 @@ mod tests {
 
     #[test]
     fn runc_gets_no_options_of_the_shim() {
-        let line = AgentSpec::new(Image::Shell, "s", Runtime::Runc)
-            .tty()
-            .command_line(false)
-            .join(" ");
-        assert!(
-            !line.contains("runtime-config-path") && !line.contains("log-uri"),
-            "{line}"
-        );
+        let line = AgentSpec::new(Image::Shell, "s", Runtime::Runc).tty().command_line(false).join(" ");
+        assert!(!line.contains("runtime-config-path") && !line.contains("log-uri"), "{line}");
         assert!(line.contains("--tty --net-host"), "{line}");
     }
 }

@@ -49,19 +49,11 @@ impl Entrance {
     /// When the harness's own binary can't be found.
     pub fn command(&self, cgroup: &str, argv: &[OsString]) -> Result<Command> {
         let mut command = Command::new(program()?);
-        command
-            .arg("enter")
-            .arg(self.init.to_string())
-            .arg(self.cgroup.join(cgroup))
-            .arg("--")
-            .args(argv);
+        command.arg("enter").arg(self.init.to_string()).arg(self.cgroup.join(cgroup)).arg("--").args(argv);
         command.env_clear();
         // Where the harness runs under a coverage or debugging tool its variables may matter; commands on the node
         // get an environment of their own.
-        command
-            .env("PATH", PATH)
-            .env("HOME", "/root")
-            .env("LANG", "C.UTF-8");
+        command.env("PATH", PATH).env("HOME", "/root").env("LANG", "C.UTF-8");
         command.env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "xterm".into()));
         Ok(command)
     }
@@ -74,9 +66,7 @@ fn first_process(cgroup: &Path) -> Option<u32> {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
         let ids: Vec<&str> = ids.split_whitespace().collect();
-        (ids.len() == 2 && ids[1] == "1")
-            .then(|| pid.parse().ok())
-            .flatten()
+        (ids.len() == 2 && ids[1] == "1").then(|| pid.parse().ok()).flatten()
     })
 }
 
@@ -96,11 +86,7 @@ pub(super) fn program() -> Result<PathBuf> {
 /// The program `name` of the same build as `this`; the error is where it should be.
 pub(super) fn sibling(this: &Path, name: &str) -> std::result::Result<PathBuf, PathBuf> {
     let folder = this.parent().unwrap_or(Path::new("/"));
-    let target = if folder.ends_with("deps") {
-        folder.parent().unwrap_or(folder)
-    } else {
-        folder
-    };
+    let target = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let path = target.join(name);
     if path.exists() { Ok(path) } else { Err(path) }
 }
@@ -131,18 +117,13 @@ pub fn enter(init: u32, cgroup: &Path, argv: &[OsString]) -> Result<i32> {
     unsafe {
         command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
     }
-    let status = command
-        .status()
-        .doing(|| format!("starting {}", program.display()))?;
+    let status = command.status().doing(|| format!("starting {}", program.display()))?;
     Ok(code(status))
 }
 
 /// An exit status as shells tell it: 128 and the number of the signal for one that was killed.
 pub(super) fn code(status: ExitStatus) -> i32 {
-    status
-        .code()
-        .or_else(|| status.signal().map(|signal| 128 + signal))
-        .unwrap_or(-1)
+    status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1)
 }
 
 #[cfg(test)]

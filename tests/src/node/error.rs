@@ -95,9 +95,6 @@ pub(crate) trait Doing<T> {
 
 impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
     fn doing(self, doing: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|source| NodeError::Io {
-            doing: doing(),
-            source: source.into(),
-        })
+        self.map_err(|source| NodeError::Io { doing: doing(), source: source.into() })
     }
 }

@@ -32,9 +32,7 @@ pub fn connect(namespace: &OwnedFd, address: SocketAddr, timeout: Duration) -> R
             move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
             TcpStream::connect_timeout(&address, timeout)
         });
-        inside
-            .join()
-            .unwrap_or_else(|_| Err(std::io::Error::other("the connecting thread panicked")))
+        inside.join().unwrap_or_else(|_| Err(std::io::Error::other("the connecting thread panicked")))
     });
     let stream = connected.doing(doing)?;
     stream.set_read_timeout(Some(timeout)).doing(doing)?;
@@ -56,19 +54,14 @@ pub fn request(mut stream: TcpStream, method: &str, path: &str, body: &str) -> R
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).doing(doing)?;
     let answer = String::from_utf8_lossy(&answer).into_owned();
-    parse(&answer).ok_or_else(|| NodeError::Answer {
-        what: format!("the answer to {} is not HTTP", doing()),
-        answer,
-    })
+    parse(&answer)
+        .ok_or_else(|| NodeError::Answer { what: format!("the answer to {} is not HTTP", doing()), answer })
 }
 
 fn parse(answer: &str) -> Option<Reply> {
     let (head, body) = answer.split_once("\r\n\r\n")?;
     let status = head.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()?;
-    Some(Reply {
-        status,
-        body: body.to_owned(),
-    })
+    Some(Reply { status, body: body.to_owned() })
 }
 
 #[cfg(test)]
@@ -78,13 +71,7 @@ mod tests {
     #[test]
     fn answers_are_split_and_nonsense_is_refused() {
         let reply = parse("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi");
-        assert_eq!(
-            reply,
-            Some(Reply {
-                status: 200,
-                body: "hi".into()
-            })
-        );
+        assert_eq!(reply, Some(Reply { status: 200, body: "hi".into() }));
         assert_eq!(parse(""), None);
         assert_eq!(parse("HTTP/1.1 abc\r\n\r\n"), None);
         assert_eq!(parse("HTTP/1.1 200 OK\r\n"), None);

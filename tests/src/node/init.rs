@@ -50,9 +50,7 @@ fn build(plan: &Plan) -> Result<()> {
     // The supervisor may have died before the parent-death signal was armed: then the lifeline has ended too, or is
     // about to be watched by nobody but this process.
     if lifeline_ended()? {
-        return Err(NodeError::Start(
-            "the process that wanted this node is gone".into(),
-        ));
+        return Err(NodeError::Start("the process that wanted this node is gone".into()));
     }
     enter_cgroup(plan)?;
     let flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
@@ -167,9 +165,7 @@ fn mount_tmpfs(target: &Path, options: &str) -> Result<()> {
 
 fn mount_fs(kind: &str, target: &Path, flags: MountFlags, options: &str) -> Result<()> {
     let doing = || format!("mounting {kind} on {}", target.display());
-    let options = std::ffi::CString::new(options)
-        .map_err(|_| rustix::io::Errno::INVAL)
-        .doing(doing)?;
+    let options = std::ffi::CString::new(options).map_err(|_| rustix::io::Errno::INVAL).doing(doing)?;
     mount(kind, target, kind, flags, options.as_c_str()).doing(doing)
 }
 
@@ -178,9 +174,7 @@ fn make_folder(path: &Path) -> Result<()> {
 }
 
 fn set_up_network() -> Result<()> {
-    let up = Command::new("/usr/sbin/ip")
-        .args(["link", "set", "lo", "up"])
-        .output();
+    let up = Command::new("/usr/sbin/ip").args(["link", "set", "lo", "up"]).output();
     let up = up.doing(|| "starting ip".into())?;
     if !up.status.success() {
         return Err(NodeError::Start(format!(

@@ -45,11 +45,7 @@ impl Leftovers {
             add(&mut counted.mounts, point);
         }
         for path in cgroup::tree(&entrance.cgroup) {
-            let name = path
-                .strip_prefix(&entrance.cgroup)
-                .unwrap_or(&path)
-                .to_string_lossy()
-                .into_owned();
+            let name = path.strip_prefix(&entrance.cgroup).unwrap_or(&path).to_string_lossy().into_owned();
             if !name.starts_with(cgroup::EXEC_PREFIX) {
                 add(&mut counted.cgroups, &name);
             }
@@ -60,11 +56,8 @@ impl Leftovers {
             }
         }
         let bound = fs::read_to_string(proc.join("net/unix")).unwrap_or_default();
-        let mut addresses: Vec<&str> = bound
-            .lines()
-            .skip(1)
-            .filter_map(|line| line.split_whitespace().nth(7))
-            .collect();
+        let mut addresses: Vec<&str> =
+            bound.lines().skip(1).filter_map(|line| line.split_whitespace().nth(7)).collect();
         // Accepted connections carry the address of their listener: how many there are says nothing.
         addresses.sort_unstable();
         addresses.dedup();
@@ -140,11 +133,7 @@ fn more(now: &BTreeMap<String, usize>, before: &BTreeMap<String, usize>) -> BTre
 fn process_name(folder: &Path) -> Option<String> {
     let stat = fs::read_to_string(folder.join("stat")).ok()?;
     let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
-    Some(if rest.starts_with('Z') {
-        format!("{name} (zombie)")
-    } else {
-        name.to_owned()
-    })
+    Some(if rest.starts_with('Z') { format!("{name} (zombie)") } else { name.to_owned() })
 }
 
 /// Calls `found` for everything below a folder of the node, without following links.
@@ -178,10 +167,7 @@ mod tests {
         add(&mut after.processes, "shim");
         add(&mut after.files, "/var/lib/agentcube/x");
         let added = after.added_since(&before);
-        assert_eq!(
-            added.to_string(),
-            "processes: shim (1)\nfiles: /var/lib/agentcube/x (1)\n"
-        );
+        assert_eq!(added.to_string(), "processes: shim (1)\nfiles: /var/lib/agentcube/x (1)\n");
         assert!(!added.is_empty());
         assert!(after.added_since(&after).is_empty());
     }

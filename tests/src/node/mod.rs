@@ -143,11 +143,7 @@ impl Node {
             root: open(proc.join("root"), OFlags::PATH | OFlags::DIRECTORY)?,
             net: open(proc.join("ns/net"), OFlags::RDONLY)?,
             log: plan.work.join("containerd.log"),
-            entrance: Entrance {
-                name: plan.name,
-                init,
-                cgroup: plan.cgroup,
-            },
+            entrance: Entrance { name: plan.name, init, cgroup: plan.cgroup },
             options,
             rootfs,
             containerd: Mutex::default(),
@@ -168,18 +164,12 @@ impl Node {
         )?;
         self.write_file(SHIM_TOML, &self.options.shim_toml)?;
         self.write_file(containerd::CNI_PATH, containerd::CNI)?;
-        for (program, path) in [
-            (&self.options.shim, SHIM),
-            (&self.options.cli, "/usr/local/bin/agentcube"),
-        ] {
+        for (program, path) in [(&self.options.shim, SHIM), (&self.options.cli, "/usr/local/bin/agentcube")] {
             if let Some(program) = program {
                 self.copy_in(program, path)?;
             }
         }
-        self.options
-            .files
-            .iter()
-            .try_for_each(|(from, to)| self.copy_in(from, to))
+        self.options.files.iter().try_for_each(|(from, to)| self.copy_in(from, to))
     }
 
     /// The node's name, by which `node exec` and `node down` know it.
@@ -254,10 +244,7 @@ impl Node {
         let mut pause = Duration::from_millis(1);
         while !yes()? {
             if start.elapsed() > timeout {
-                return Err(NodeError::Timeout {
-                    what: what.into(),
-                    after: timeout,
-                });
+                return Err(NodeError::Timeout { what: what.into(), after: timeout });
             }
             thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(50));
@@ -289,9 +276,7 @@ impl Node {
             Mode::from_raw_mode(mode),
             ResolveFlags::IN_ROOT,
         );
-        Ok(File::from(
-            opened.doing(|| format!("opening {path} on {}", self.name()))?,
-        ))
+        Ok(File::from(opened.doing(|| format!("opening {path} on {}", self.name()))?))
     }
 
     /// Reads a file of the node as text.
@@ -300,9 +285,7 @@ impl Node {
     /// When it can't be read.
     pub fn read_file(&self, path: &str) -> Result<String> {
         let mut bytes = Vec::new();
-        self.open(path)?
-            .read_to_end(&mut bytes)
-            .doing(|| format!("reading {path} on {}", self.name()))?;
+        self.open(path)?.read_to_end(&mut bytes).doing(|| format!("reading {path} on {}", self.name()))?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
@@ -328,9 +311,7 @@ impl Node {
         let name = format!("{to}.new");
         let mut target = self.create(&name, mode)?;
         std::io::copy(&mut source, &mut target).doing(doing)?;
-        target
-            .set_permissions(fs::Permissions::from_mode(mode))
-            .doing(doing)?;
+        target.set_permissions(fs::Permissions::from_mode(mode)).doing(doing)?;
         let (folder, file) = to.rsplit_once('/').unwrap_or(("/", to));
         let folder = self.open_with(folder, OFlags::RDONLY | OFlags::DIRECTORY, 0)?;
         rustix::fs::renameat(&folder, format!("{file}.new"), &folder, file).doing(doing)
@@ -340,11 +321,7 @@ impl Node {
         if let Some((folder, _)) = path.rsplit_once('/') {
             self.make_folder(folder)?;
         }
-        self.open_with(
-            path,
-            OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC,
-            mode & 0o777,
-        )
+        self.open_with(path, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC, mode & 0o777)
     }
 
     /// Makes a folder and those above it.
@@ -373,10 +350,7 @@ impl Node {
     /// When it does not run.
     pub fn containerd_pid(&self) -> Result<u32> {
         let running = self.containerd.lock().unwrap_or_else(PoisonError::into_inner);
-        running
-            .as_ref()
-            .ok_or_else(|| NodeError::Start("containerd does not run".into()))?
-            .pid()
+        running.as_ref().ok_or_else(|| NodeError::Start("containerd does not run".into()))?.pid()
     }
 
     /// Kills containerd with SIGKILL, and nothing else; shims and containers go on.
@@ -384,11 +358,7 @@ impl Node {
     /// # Errors
     /// When it does not run.
     pub fn kill_containerd(&self) -> Result<()> {
-        let running = self
-            .containerd
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let running = self.containerd.lock().unwrap_or_else(PoisonError::into_inner).take();
         let running = running.ok_or_else(|| NodeError::Start("containerd does not run".into()))?;
         running.signal(Signal::KILL)?;
         running.wait(FAREWELL).map(drop)
@@ -402,11 +372,7 @@ impl Node {
         let log = File::options().create(true).append(true).open(&self.log);
         let log = log.doing(|| format!("opening {}", self.log.display()))?;
         let null = File::open("/dev/null").doing(|| "opening /dev/null".into())?;
-        let mut started = self
-            .command(["/usr/bin/containerd"])
-            .stdin(null)
-            .service(log)
-            .spawn()?;
+        let mut started = self.command(["/usr/bin/containerd"]).stdin(null).service(log).spawn()?;
         let waited = self.wait_until("containerd to answer", CONTAINERD, || {
             if !started.running() {
                 return Err(NodeError::Start("containerd ended at once".into()));
@@ -418,10 +384,7 @@ impl Node {
         match waited {
             Err(NodeError::Timeout { .. } | NodeError::Start(_)) => {
                 let log = containerd::tail(&self.containerd_log(), 30);
-                Err(NodeError::Containerd {
-                    after: CONTAINERD,
-                    log,
-                })
+                Err(NodeError::Containerd { after: CONTAINERD, log })
             }
             other => {
                 *self.containerd.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
@@ -455,10 +418,9 @@ impl Node {
             Ok(added.is_empty())
         });
         waited.map_err(|error| match error {
-            NodeError::Timeout { after, .. } => NodeError::Timeout {
-                what: format!("these to go:\n{added}"),
-                after,
-            },
+            NodeError::Timeout { after, .. } => {
+                NodeError::Timeout { what: format!("these to go:\n{added}"), after }
+            }
             other => other,
         })
     }
@@ -469,10 +431,7 @@ impl Node {
     /// When waiting fails.
     pub fn wait_for_end(&mut self) -> Result<()> {
         // Unlike Child::wait, this leaves the lifeline open.
-        self.supervisor
-            .wait()
-            .map(drop)
-            .doing(|| "waiting for the node's end".into())
+        self.supervisor.wait().map(drop).doing(|| "waiting for the node's end".into())
     }
 
     fn net(&self) -> &OwnedFd {
@@ -535,13 +494,10 @@ fn start_supervisor(plan: &Plan) -> Result<(Child, ChildStdin, u32)> {
     let (Some(mut lifeline), Some(stdout)) = (supervisor.stdin.take(), supervisor.stdout.take()) else {
         return Err(NodeError::Start("the supervisor has no pipes".into()));
     };
-    let text = serde_json::to_string(plan)
-        .map_err(std::io::Error::from)
-        .doing(doing)?;
+    let text = serde_json::to_string(plan).map_err(std::io::Error::from).doing(doing)?;
     let mut line = String::new();
-    let told = writeln!(lifeline, "{text}")
-        .and_then(|()| BufReader::new(stdout).read_line(&mut line))
-        .doing(doing);
+    let told =
+        writeln!(lifeline, "{text}").and_then(|()| BufReader::new(stdout).read_line(&mut line)).doing(doing);
     let failed = |mut supervisor: Child, lifeline: ChildStdin, why: String| {
         drop(lifeline);
         // It ends by itself now that the lifeline has.

@@ -204,9 +204,7 @@ impl NodeCommand {
         } else {
             command.stdin(self.stdin.map_or_else(Stdio::piped, Stdio::from));
             if let Some(log) = &self.log {
-                command
-                    .stdout(log.try_clone().doing(doing)?)
-                    .stderr(log.try_clone().doing(doing)?);
+                command.stdout(log.try_clone().doing(doing)?).stderr(log.try_clone().doing(doing)?);
             } else {
                 command.stdout(Stdio::piped()).stderr(Stdio::piped());
             }
@@ -223,38 +221,16 @@ impl NodeCommand {
             stderr.close();
             Input::Terminal(master)
         } else {
-            child
-                .stdout
-                .take()
-                .map_or_else(|| stdout.close(), |pipe| stdout.fill_from(pipe));
-            child
-                .stderr
-                .take()
-                .map_or_else(|| stderr.close(), |pipe| stderr.fill_from(pipe));
-            child
-                .stdin
-                .take()
-                .map_or(Input::None, |pipe| Input::Pipe(OwnedFd::from(pipe)))
+            child.stdout.take().map_or_else(|| stdout.close(), |pipe| stdout.fill_from(pipe));
+            child.stderr.take().map_or_else(|| stderr.close(), |pipe| stderr.fill_from(pipe));
+            child.stdin.take().map_or(Input::None, |pipe| Input::Pipe(OwnedFd::from(pipe)))
         };
-        Ok(Spawned {
-            command: shown,
-            child,
-            cgroup: own_cgroup,
-            input,
-            stdout,
-            stderr,
-            started,
-        })
+        Ok(Spawned { command: shown, child, cgroup: own_cgroup, input, stdout, stderr, started })
     }
 }
 
 fn window(rows: u16, columns: u16) -> Winsize {
-    Winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    }
+    Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }
 }
 
 /// The cgroup of one command, in which everything that it starts is found and killed.
@@ -297,9 +273,7 @@ impl Spawned {
         let (Input::Pipe(input) | Input::Terminal(input)) = &self.input else {
             return Err(std::io::Error::from(std::io::ErrorKind::BrokenPipe)).doing(doing);
         };
-        File::from(input.try_clone().doing(doing)?)
-            .write_all(bytes.as_ref())
-            .doing(doing)
+        File::from(input.try_clone().doing(doing)?).write_all(bytes.as_ref()).doing(doing)
     }
 
     /// Ends the command's standard input.
@@ -352,14 +326,8 @@ impl Spawned {
             if left.is_zero() || state.closed {
                 drop(state);
                 let stderr = self.stderr();
-                let what = format!(
-                    "{what} in the output of {}: {text:?}, errors: {stderr:?}",
-                    self.command
-                );
-                return Err(NodeError::Timeout {
-                    what,
-                    after: self.started.elapsed(),
-                });
+                let what = format!("{what} in the output of {}: {text:?}, errors: {stderr:?}", self.command);
+                return Err(NodeError::Timeout { what, after: self.started.elapsed() });
             }
             state = self.stdout.changed(state, left);
         }
@@ -375,19 +343,12 @@ impl Spawned {
         loop {
             let children = fs::read_to_string(format!("/proc/{entering}/task/{entering}/children"))
                 .doing(|| format!("looking for the process of {}", self.command))?;
-            if let Some(pid) = children
-                .split_whitespace()
-                .next()
-                .and_then(|pid| pid.parse().ok())
-            {
+            if let Some(pid) = children.split_whitespace().next().and_then(|pid| pid.parse().ok()) {
                 return Ok(pid);
             }
             if Instant::now() > deadline {
                 let what = format!("the process of {}", self.command);
-                return Err(NodeError::Timeout {
-                    what,
-                    after: self.started.elapsed(),
-                });
+                return Err(NodeError::Timeout { what, after: self.started.elapsed() });
             }
             thread::sleep(Duration::from_millis(1));
         }
@@ -415,17 +376,11 @@ impl Spawned {
         self.close_stdin();
         let doing = || format!("waiting for {}", self.command);
         let pidfd = open_pidfd(self.child.id())?;
-        let left = Timespec::try_from(timeout).unwrap_or(Timespec {
-            tv_sec: i64::MAX,
-            tv_nsec: 0,
-        });
+        let left = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
         let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)).doing(doing)?;
         if ended == 0 {
             let (stdout, stderr) = (self.stdout(), self.stderr());
-            let what = format!(
-                "the end of {}; so far it printed {stdout:?} and {stderr:?}",
-                self.command
-            );
+            let what = format!("the end of {}; so far it printed {stdout:?} and {stderr:?}", self.command);
             return Err(NodeError::Timeout { what, after: timeout });
         }
         let status = self.child.wait().doing(doing)?;
@@ -472,11 +427,7 @@ impl Capture {
     }
 
     fn changed<'a>(&self, state: MutexGuard<'a, Captured>, timeout: Duration) -> MutexGuard<'a, Captured> {
-        self.0
-            .1
-            .wait_timeout(state, timeout)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0
+        self.0.1.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0
     }
 
     fn close(&self) {

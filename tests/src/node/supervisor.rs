@@ -57,9 +57,7 @@ pub enum Report {
 /// When there is no plan on stdin, or the cleaning up fails.
 pub fn supervise() -> Result<()> {
     let mut line = String::new();
-    std::io::stdin()
-        .read_line(&mut line)
-        .doing(|| "reading the plan of a node".into())?;
+    std::io::stdin().read_line(&mut line).doing(|| "reading the plan of a node".into())?;
     let plan: Plan = serde_json::from_str(&line).map_err(|error| NodeError::Answer {
         what: format!("this is no plan of a node ({error})"),
         answer: line,
@@ -69,13 +67,11 @@ pub fn supervise() -> Result<()> {
         Ok(init) => Report::Ready(init.id()),
         Err(error) => Report::Failed(error.to_string()),
     };
-    let told = serde_json::to_string(&report)
-        .map_err(std::io::Error::from)
-        .and_then(|text| {
-            let mut stdout = std::io::stdout();
-            writeln!(stdout, "{text}")?;
-            stdout.flush()
-        });
+    let told = serde_json::to_string(&report).map_err(std::io::Error::from).and_then(|text| {
+        let mut stdout = std::io::stdout();
+        writeln!(stdout, "{text}")?;
+        stdout.flush()
+    });
     // Nobody to tell means that the parent is gone: on to cleaning up.
     let lasted = match (started, told) {
         (Ok(mut init), Ok(())) => watch(&mut init),
@@ -95,26 +91,18 @@ fn start(plan: &Plan) -> Result<Child> {
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.doing(|| "making a PID namespace".into())?;
 
     let program = std::env::current_exe().doing(|| "finding this program".into())?;
-    let plan = serde_json::to_string(plan)
-        .map_err(std::io::Error::from)
-        .doing(|| "writing the plan".into())?;
+    let plan =
+        serde_json::to_string(plan).map_err(std::io::Error::from).doing(|| "writing the plan".into())?;
     let mut command = Command::new(program);
-    command
-        .args(["init", &plan])
-        .stdin(Stdio::inherit())
-        .stdout(Stdio::piped());
+    command.args(["init", &plan]).stdin(Stdio::inherit()).stdout(Stdio::piped());
     // SAFETY: the closure only makes a system call.
     unsafe {
         command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
     }
-    let mut init = command
-        .spawn()
-        .doing(|| "starting the first process of the node".into())?;
+    let mut init = command.spawn().doing(|| "starting the first process of the node".into())?;
     let mut said = String::new();
     if let Some(stdout) = init.stdout.take() {
-        BufReader::new(stdout)
-            .read_line(&mut said)
-            .doing(|| "listening to the first process".into())?;
+        BufReader::new(stdout).read_line(&mut said).doing(|| "listening to the first process".into())?;
     }
     if said.trim() == super::init::READY {
         return Ok(init);
@@ -129,10 +117,7 @@ fn watch(init: &mut Child) -> Result<()> {
     let pidfd = open_pidfd(init.id())?;
     loop {
         // The lifeline carries nothing; its end alone counts.
-        let mut events = [
-            PollFd::new(&stdin, PollFlags::empty()),
-            PollFd::new(&pidfd, PollFlags::IN),
-        ];
+        let mut events = [PollFd::new(&stdin, PollFlags::empty()), PollFd::new(&pidfd, PollFlags::IN)];
         match poll(&mut events, None) {
             Ok(_) if events.iter().any(|event| !event.revents().is_empty()) => return end(init),
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -47,10 +47,7 @@ const READ: &str = "dd bs=64k count=1 <&$fd >/dev/null 2>&1";
 async fn an_answer_is_taken_and_the_exit_known() {
     let fake = Fake::new(&format!("{READ}\n{}\nexit 3", answer(10, 1)));
     let mut session = fake.start();
-    let answer = session
-        .request(&request(Criu_req_type::VERSION), &mut NoHooks)
-        .await
-        .unwrap();
+    let answer = session.request(&request(Criu_req_type::VERSION), &mut NoHooks).await.unwrap();
     assert!(answer.success());
     assert_eq!(session.finish().await.unwrap(), Exit::Code(3));
 }
@@ -58,65 +55,35 @@ async fn an_answer_is_taken_and_the_exit_known() {
 #[tokio::test]
 async fn a_failure_that_criu_tells_is_an_error() {
     let fake = Fake::new(&format!("{READ}\n{}", answer(1, 0)));
-    let error = fake
-        .start()
-        .request(&request(Criu_req_type::DUMP), &mut NoHooks)
-        .await
-        .unwrap_err();
+    let error = fake.start().request(&request(Criu_req_type::DUMP), &mut NoHooks).await.unwrap_err();
     assert!(matches!(error, Error::Failed { .. }), "{error}");
 }
 
 #[tokio::test]
 async fn death_in_mid_request_is_an_error_with_the_exit() {
     let fake = Fake::new(&format!("{READ}\nkill -SEGV $$"));
-    let error = fake
-        .start()
-        .request(&request(Criu_req_type::DUMP), &mut NoHooks)
-        .await
-        .unwrap_err();
-    assert!(
-        matches!(
-            error,
-            Error::Died {
-                exit: Exit::Signal(11)
-            }
-        ),
-        "{error}"
-    );
+    let error = fake.start().request(&request(Criu_req_type::DUMP), &mut NoHooks).await.unwrap_err();
+    assert!(matches!(error, Error::Died { exit: Exit::Signal(11) }), "{error}");
 }
 
 #[tokio::test]
 async fn death_is_noticed_while_a_child_of_criu_holds_the_socket() {
     let fake = Fake::new(&format!("{READ}\n(sleep 3) &\nexit 7"));
-    let error = fake
-        .start()
-        .request(&request(Criu_req_type::DUMP), &mut NoHooks)
-        .await
-        .unwrap_err();
+    let error = fake.start().request(&request(Criu_req_type::DUMP), &mut NoHooks).await.unwrap_err();
     assert!(matches!(error, Error::Died { exit: Exit::Code(7) }), "{error}");
 }
 
 #[tokio::test]
 async fn noise_is_refused() {
     let fake = Fake::new(&format!("{READ}\nprintf 'noise' >&$fd"));
-    let error = fake
-        .start()
-        .request(&request(Criu_req_type::DUMP), &mut NoHooks)
-        .await
-        .unwrap_err();
+    let error = fake.start().request(&request(Criu_req_type::DUMP), &mut NoHooks).await.unwrap_err();
     assert!(matches!(error, Error::Protocol(_)), "{error}");
 }
 
 #[tokio::test]
 async fn a_message_that_is_too_long_is_refused() {
-    let fake = Fake::new(&format!(
-        "{READ}\nhead -c 100000 /dev/zero | dd bs=100000 iflag=fullblock >&$fd"
-    ));
-    let error = fake
-        .start()
-        .request(&request(Criu_req_type::DUMP), &mut NoHooks)
-        .await
-        .unwrap_err();
+    let fake = Fake::new(&format!("{READ}\nhead -c 100000 /dev/zero | dd bs=100000 iflag=fullblock >&$fd"));
+    let error = fake.start().request(&request(Criu_req_type::DUMP), &mut NoHooks).await.unwrap_err();
     assert!(error.to_string().contains("64 KiB"), "{error}");
 }
 
@@ -141,11 +108,7 @@ async fn a_refusal_reaches_criu_and_comes_back_as_the_reason() {
         answer(1, 0)
     ));
     let mut hooks = Refuse(AtomicUsize::new(0));
-    let error = fake
-        .start()
-        .request(&request(Criu_req_type::DUMP), &mut hooks)
-        .await
-        .unwrap_err();
+    let error = fake.start().request(&request(Criu_req_type::DUMP), &mut hooks).await.unwrap_err();
     assert_eq!(hooks.0.into_inner(), 1);
     assert_eq!(error.to_string(), "given up at post-dump: the agent is wanted");
 }
@@ -159,10 +122,7 @@ async fn an_unknown_notification_is_acknowledged() {
         answer(1, 1)
     ));
     let mut session = fake.start();
-    session
-        .request(&request(Criu_req_type::DUMP), &mut NoHooks)
-        .await
-        .unwrap();
+    session.request(&request(Criu_req_type::DUMP), &mut NoHooks).await.unwrap();
 }
 
 #[tokio::test]
@@ -201,9 +161,7 @@ async fn a_cancelled_request_kills_its_criu() {
 
 #[tokio::test]
 async fn a_missing_program_is_named() {
-    let error = Session::start(&LocalSpawner, Launch::new(Path::new("/nonexistent/criu")))
-        .err()
-        .unwrap();
+    let error = Session::start(&LocalSpawner, Launch::new(Path::new("/nonexistent/criu"))).err().unwrap();
     assert!(error.to_string().contains("/nonexistent/criu"), "{error}");
 }
 
@@ -220,9 +178,7 @@ async fn a_child_gets_its_own_end_and_what_it_inherits_and_nothing_else() {
     launch.inherit.push(inherited);
     let session = Session::start(&LocalSpawner, launch).unwrap();
     let mut session = session;
-    let _ = session
-        .request(&request(Criu_req_type::VERSION), &mut NoHooks)
-        .await;
+    let _ = session.request(&request(Criu_req_type::VERSION), &mut NoHooks).await;
     let listing = fs::read_to_string(list.path()).unwrap();
     assert!(listing.contains(&*key.to_string_lossy()), "{listing}");
     assert!(!listing.contains(&*secret.to_string_lossy()), "{listing}");

@@ -1,0 +1,46 @@
+//! The action `delete`: what is left of a container whose shim has died is taken away, but never an image.
+
+use std::{path::Path, time::SystemTime};
+
+use runc::options::DeleteOpts;
+
+use super::create::{last_record, orphaned_image, runc_of};
+use crate::{options::Options, reaper::Reaper, rootfs, runtime::ProcessExit};
+
+/// What containerd is told of the container.
+pub struct Ended {
+    /// Its init process, the last known.
+    pub pid: u32,
+    /// 137: it was killed, if it was not gone already.
+    pub code: u32,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// Ends the container's processes and removes its runtime state and mounts. An image that holds its state stays, and
+/// is named on stderr, which goes to containerd's log.
+pub async fn cleanup(namespace: &str, id: &str, bundle: &Path, reaper: &Reaper) -> Ended {
+    let exit = ProcessExit { code: 137, at: SystemTime::now() };
+    let record = last_record(bundle);
+    let options = Options::load(bundle).unwrap_or_else(|error| {
+        eprintln!("{error}: the defaults are used");
+        Options::default()
+    });
+    match runc_of(&options, namespace, bundle, reaper) {
+        Ok(runc) => {
+            if let Err(error) = runc.delete(id, Some(&DeleteOpts { force: true })).await
+                && !error.to_string().contains("does not exist")
+            {
+                eprintln!("container {id}: runc delete: {error}");
+            }
+        }
+        Err(error) => eprintln!("container {id}: {error}"),
+    }
+    if let Err(error) = rootfs::unmount(bundle) {
+        eprintln!("container {id}: {error}");
+    }
+    if let Some(image) = record.as_ref().and_then(orphaned_image) {
+        eprintln!("container {id} was asleep when its shim died: its state is kept in {}", image.display());
+    }
+    Ended { pid: record.map_or(0, |record| record.pid), code: exit.code, at: exit.at }
+}

@@ -1,0 +1,229 @@
+//! Making a container.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use async_trait::async_trait;
+use criu_hooks::{cgroup::Cgroup, engine::Engine};
+use oci_spec::runtime::Spec;
+use runc::{
+    Runc,
+    options::{CreateOpts, DeleteOpts, GlobalOpts},
+};
+use tracing::{info, warn};
+
+use super::{
+    Inner, RuncContainer, failed, has_own_pid_namespace, precondition,
+    process::{self, ProcessHandle, runc_error},
+};
+use crate::{
+    bundle,
+    container::{Journal, Phase, Record},
+    controllers,
+    events::EventSink,
+    io::{ConsoleSocket, LoggerContext, ProcessIo},
+    oom::OomWatch,
+    options::Options,
+    reaper::{ExitWatch, Reaper},
+    rootfs,
+    runtime::{CreateConfig, Process, Runtime, RuntimeError, RuntimeFactory},
+};
+
+/// runc's log, in the bundle.
+pub(super) const RUNC_LOG: &str = "log.json";
+/// The pid of the init process, in the bundle, under the name that containerd's own shim uses.
+const INIT_PID: &str = "init.pid";
+
+/// Makes containers with runc.
+pub struct RuncFactory {
+    reaper: Reaper,
+    events: EventSink,
+}
+
+impl RuncFactory {
+    /// A factory whose processes `reaper` reaps; OOM kills are published to `events`.
+    pub fn new(reaper: Reaper, events: EventSink) -> Self {
+        Self { reaper, events }
+    }
+}
+
+/// What a logger of the user's is told.
+pub(super) fn logger<'a>(id: &'a str, namespace: &'a str) -> LoggerContext<'a> {
+    LoggerContext { id, namespace }
+}
+
+/// runc as the options want it.
+///
+/// # Errors
+/// When the binary is not there.
+pub(super) fn runc_of(
+    options: &Options,
+    namespace: &str,
+    bundle: &Path,
+    reaper: &Reaper,
+) -> Result<Runc, RuntimeError> {
+    let mut global = GlobalOpts::new()
+        .command(&options.runc_binary)
+        .root(options.runc_root.join(namespace))
+        .log(bundle.join(RUNC_LOG))
+        .log_json()
+        .systemd_cgroup(options.systemd_cgroup);
+    global.custom_spawner(Arc::new(reaper.clone()));
+    global.build().map_err(|error| {
+        let binary = options.runc_binary.display();
+        precondition(format!("the OCI runtime {binary} cannot be used: {error}; set runc_binary"))
+    })
+}
+
+/// What a container cannot do without.
+fn check(spec: &Spec, bundle: &Path) -> Result<(), RuntimeError> {
+    let cgroups = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    if cgroups.is_none_or(|path| path.as_os_str().is_empty()) {
+        return Err(RuntimeError::InvalidArgument(format!(
+            "{} names no cgroup (linux.cgroupsPath): without one of its own a container cannot be put to sleep",
+            bundle.join("config.json").display()
+        )));
+    }
+    Ok(())
+}
+
+/// A bundle in the making: what has been done is undone when something fails.
+struct Making<'a> {
+    config: &'a CreateConfig,
+    runc: &'a Runc,
+    reaper: &'a Reaper,
+}
+
+impl Making<'_> {
+    async fn create(&self, io: &Arc<ProcessIo>) -> Result<(rustix::process::Pid, ExitWatch), RuntimeError> {
+        let CreateConfig { id, bundle, stdio, .. } = self.config;
+        let console = if stdio.terminal { Some(ConsoleSocket::new().map_err(failed)?) } else { None };
+        let pid_file = bundle.join(INIT_PID);
+        let options = CreateOpts {
+            io: io.child_ends().map(|ends| ends as Arc<dyn runc::io::Io>),
+            pid_file: Some(pid_file.clone()),
+            console_socket: console.as_ref().map(|socket| socket.path().to_owned()),
+            ..Default::default()
+        };
+        let mark = self.reaper.mark();
+        let outcome = self.runc.create(id, bundle, Some(&options)).await;
+        io.started();
+        outcome.map_err(|error| runc_error("create", error, &bundle.join(RUNC_LOG)))?;
+        let pid = process::read_pid(&pid_file)?;
+        let exit = self.reaper.claim(pid, mark);
+        if let Some(console) = console {
+            io.attach_console(console.receive().await.map_err(failed)?).map_err(failed)?;
+        }
+        Ok((pid, exit))
+    }
+
+    async fn undo(&self) {
+        let CreateConfig { id, bundle, .. } = self.config;
+        // Mostly there is nothing yet; runc says so, and that is no news.
+        let _ = self.runc.delete(id, Some(&DeleteOpts { force: true })).await;
+        if let Err(error) = rootfs::unmount(bundle) {
+            warn!(%id, %error, "after a failed create");
+        }
+    }
+}
+
+#[async_trait]
+impl RuntimeFactory for RuncFactory {
+    async fn create(&self, config: &CreateConfig) -> Result<(Arc<dyn Runtime>, Process), RuntimeError> {
+        let CreateConfig { id, namespace, bundle, .. } = config;
+        if config.checkpoint.is_some() {
+            return Err(RuntimeError::FailedPrecondition(
+                "a container cannot be created from a checkpoint by this runtime: use io.containerd.runc.v2".to_owned(),
+            ));
+        }
+        let invalid = |error: &dyn std::fmt::Display| RuntimeError::InvalidArgument(error.to_string());
+        let options = Options::from_any(config.options.as_ref()).map_err(|error| invalid(&error))?;
+        options.save(bundle).map_err(failed)?;
+        let spec = bundle::read_spec(bundle).map_err(|error| invalid(&error))?;
+        check(&spec, bundle)?;
+        controllers::prepare(bundle, &spec, options.ignore_missing_controllers).map_err(precondition)?;
+        let runc = runc_of(&options, namespace, bundle, &self.reaper)?;
+        rootfs::mount(bundle, &config.rootfs).await.map_err(failed)?;
+
+        let making = Making { config, runc: &runc, reaper: &self.reaper };
+        let made = async {
+            let logger = logger(id, namespace);
+            let io = ProcessIo::open(&config.stdio, &logger, &self.reaper).await.map_err(|error| invalid(&error))?;
+            let (pid, exit) = making.create(&io).await?;
+            let cgroup = Cgroup::of_pid(pid).map_err(precondition)?;
+            Ok((io, pid, exit, cgroup))
+        };
+        let (io, pid, exit, cgroup) = match made.await {
+            Ok(made) => made,
+            Err(error) => {
+                making.undo().await;
+                return Err(error);
+            }
+        };
+        info!(%id, pid = process::number(pid), cgroup = %cgroup.path().display(), "created");
+        let engine = Engine::new(&options.criu_binary, Arc::new(self.reaper.clone()));
+        let container = RuncContainer {
+            id: id.clone(),
+            namespace: namespace.clone(),
+            bundle: bundle.clone(),
+            oom: watch_oom(id, &cgroup, self.events.clone()),
+            own_pid_namespace: has_own_pid_namespace(&spec),
+            options,
+            reaper: self.reaper.clone(),
+            runc,
+            engine,
+            cgroup,
+            io,
+            inner: Mutex::new(Inner {
+                init: ProcessHandle::open(pid),
+                execs: HashMap::new(),
+                last_pids: Vec::new(),
+                image: None,
+                updates: Vec::new(),
+            }),
+        };
+        Ok((Arc::new(container), process::of(pid, exit)))
+    }
+}
+
+/// Tells containerd of OOM kills in the container, where the node can notice them.
+fn watch_oom(id: &str, cgroup: &Cgroup, events: EventSink) -> Option<tokio::task::AbortHandle> {
+    let mut watch = match OomWatch::new(cgroup.path()) {
+        Ok(watch) => watch?,
+        Err(error) => {
+            warn!(%id, %error, "OOM kills in this container will not be noticed");
+            return None;
+        }
+    };
+    let container_id = id.to_owned();
+    let watching = tokio::spawn(async move {
+        // An error is the end of the cgroup.
+        while watch.killed().await.is_ok() {
+            warn!(id = %container_id, "the kernel killed for want of memory");
+            events.publish(containerd_shim::protos::events::task::TaskOOM {
+                container_id: container_id.clone(),
+                ..Default::default()
+            });
+        }
+    });
+    Some(watching.abort_handle())
+}
+
+/// Where the journal stands, for the action `delete`.
+pub(super) fn last_record(bundle: &Path) -> Option<Record> {
+    match Journal::in_bundle(bundle).read() {
+        Ok(record) => record,
+        Err(error) => {
+            eprintln!("{error}");
+            None
+        }
+    }
+}
+
+/// The image that holds the state of a container whose shim has died, if an image does.
+pub(super) fn orphaned_image(record: &Record) -> Option<&PathBuf> {
+    matches!(record.phase, Phase::Checkpointed | Phase::Restoring).then_some(record.image.as_ref()).flatten()
+}

@@ -1,0 +1,365 @@
+//! The real runtime: runc for create, start, exec and delete, the engine for sleeps, the cgroup for the rest.
+
+mod cleanup;
+mod create;
+mod process;
+mod sleep;
+pub mod state_file;
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use containerd_shim::protos::protobuf::well_known_types::any::Any;
+use criu_hooks::{cgroup::Cgroup, engine::Engine, image::Image};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
+use rustix::fd::OwnedFd;
+use runc::{
+    Runc,
+    options::{DeleteOpts, ExecOpts},
+};
+use tracing::{info, warn};
+
+pub use self::{cleanup::cleanup, create::RuncFactory};
+use self::process::{ProcessHandle, runc_error};
+use crate::{
+    io::{ConsoleSocket, ProcessIo},
+    limits,
+    options::Options,
+    reaper::Reaper,
+    rootfs,
+    runtime::{
+        CheckpointConfig, DumpReport, ExecConfig, Process, Restored, Runtime, RuntimeError, Veto,
+    },
+    stats,
+};
+
+/// How long a process's last output may take to be passed on when it is deleted; as in containerd's own shim.
+const DRAIN: Duration = Duration::from_secs(2);
+/// How long a cgroup may take to stand still.
+const FREEZE: Duration = Duration::from_secs(2);
+/// The exit code and signal of a kill.
+const SIGKILL: u32 = 9;
+
+/// A container made by runc.
+pub struct RuncContainer {
+    id: String,
+    namespace: String,
+    bundle: PathBuf,
+    options: Options,
+    reaper: Reaper,
+    runc: Runc,
+    engine: Engine,
+    cgroup: Cgroup,
+    own_pid_namespace: bool,
+    io: Arc<ProcessIo>,
+    inner: Mutex<Inner>,
+    /// Ends with the container.
+    oom: Option<tokio::task::AbortHandle>,
+}
+
+impl Drop for RuncContainer {
+    fn drop(&mut self) {
+        if let Some(oom) = &self.oom {
+            oom.abort();
+        }
+    }
+}
+
+/// What changes in the life of a container.
+struct Inner {
+    init: ProcessHandle,
+    execs: HashMap<String, Exec>,
+    /// The processes at the last dump: what `Pids` tells of a sleeping container.
+    last_pids: Vec<u32>,
+    image: Option<SleepImage>,
+    /// Limits that were changed in its sleep; runc learns of them after the wake.
+    updates: Vec<LinuxResources>,
+}
+
+/// What a checkpointed container is restored from.
+struct SleepImage {
+    kind: ImageKind,
+    /// Keeps a network namespace that is the container's own.
+    network: Option<OwnedFd>,
+}
+
+/// By which engine the image was made, and must be restored.
+#[derive(Clone)]
+enum ImageKind {
+    /// CRIU driven by the shim.
+    Direct(Arc<Image>),
+    /// `runc checkpoint`.
+    Runc(Arc<Image>),
+}
+
+impl ImageKind {
+    fn image(&self) -> &Arc<Image> {
+        match self {
+            Self::Direct(image) | Self::Runc(image) => image,
+        }
+    }
+}
+
+/// A process that was executed in the container.
+struct Exec {
+    process: ProcessHandle,
+    io: Arc<ProcessIo>,
+}
+
+fn failed(error: impl std::fmt::Display) -> RuntimeError {
+    RuntimeError::Failed(error.to_string())
+}
+
+fn precondition(error: impl std::fmt::Display) -> RuntimeError {
+    RuntimeError::FailedPrecondition(error.to_string())
+}
+
+/// Whether the processes of `spec` have ids of their own, so that the kernel ends them with the first.
+fn has_own_pid_namespace(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Pid
+            && namespace.path().as_ref().is_none_or(|path| path.as_os_str().is_empty())
+    })
+}
+
+impl RuncContainer {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn io_of(&self, exec_id: Option<&str>) -> Result<Arc<ProcessIo>, RuntimeError> {
+        match exec_id {
+            None => Ok(self.io.clone()),
+            Some(id) => self
+                .lock()
+                .execs
+                .get(id)
+                .map(|exec| exec.io.clone())
+                .ok_or_else(|| RuntimeError::NotFound(format!("exec {id} is not running"))),
+        }
+    }
+
+    fn runc_log(&self) -> PathBuf {
+        self.bundle.join(create::RUNC_LOG)
+    }
+
+    /// Gives runc the limits that were changed while there was no process for it.
+    async fn catch_up(&self) {
+        let updates = std::mem::take(&mut self.lock().updates);
+        for resources in &updates {
+            if let Err(error) = self.runc.update(&self.id, resources).await {
+                let error = runc_error("update", error, &self.runc_log());
+                warn!(id = %self.id, %error, "limits hold, but runc could not be told");
+            }
+        }
+    }
+
+    async fn exec_process(
+        &self,
+        config: &ExecConfig,
+        io: &Arc<ProcessIo>,
+    ) -> Result<(ProcessHandle, Process), RuntimeError> {
+        let spec: oci_spec::runtime::Process = serde_json::from_slice(&config.spec).map_err(|error| {
+            RuntimeError::InvalidArgument(format!("exec {}: its specification: {error}", config.exec_id))
+        })?;
+        let pid_file = self.bundle.join(format!("{}.pid", config.exec_id));
+        let console = if config.stdio.terminal { Some(ConsoleSocket::new().map_err(failed)?) } else { None };
+        let options = ExecOpts {
+            io: io.child_ends().map(|ends| ends as Arc<dyn runc::io::Io>),
+            pid_file: Some(pid_file.clone()),
+            console_socket: console.as_ref().map(|socket| socket.path().to_owned()),
+            detach: true,
+        };
+        let mark = self.reaper.mark();
+        let outcome = self.runc.exec(&self.id, &spec, Some(&options)).await;
+        io.started();
+        outcome.map_err(|error| runc_error("exec", error, &self.runc_log()))?;
+        let pid = process::read_pid(&pid_file)?;
+        let exit = self.reaper.claim(pid, mark);
+        if let Some(console) = console {
+            io.attach_console(console.receive().await.map_err(failed)?).map_err(failed)?;
+        }
+        // It may be gone already; its exit is known then.
+        let handle = ProcessHandle::open(pid);
+        Ok((handle, process::of(pid, exit)))
+    }
+}
+
+#[async_trait]
+impl Runtime for RuncContainer {
+    async fn start(&self) -> Result<Option<Process>, RuntimeError> {
+        let started = self.runc.start(&self.id).await;
+        started.map_err(|error| runc_error("start", error, &self.runc_log()))?;
+        Ok(None)
+    }
+
+    async fn exec(&self, config: &ExecConfig) -> Result<Process, RuntimeError> {
+        if config.exec_id.contains(['/', '\0']) {
+            return Err(RuntimeError::InvalidArgument(format!("{:?} is no id of an exec", config.exec_id)));
+        }
+        let logger = create::logger(&self.id, &self.namespace);
+        let io = ProcessIo::open(&config.stdio, &logger, &self.reaper).await.map_err(failed)?;
+        // Known before it runs, so that a resize finds its terminal.
+        let pending = Exec { process: ProcessHandle::none(), io: io.clone() };
+        self.lock().execs.insert(config.exec_id.clone(), pending);
+        match self.exec_process(config, &io).await {
+            Ok((handle, process)) => {
+                if let Some(exec) = self.lock().execs.get_mut(&config.exec_id) {
+                    exec.process = handle;
+                }
+                Ok(process)
+            }
+            Err(error) => {
+                io.drained(Duration::ZERO).await;
+                self.lock().execs.remove(&config.exec_id);
+                Err(error)
+            }
+        }
+    }
+
+    fn signal(&self, exec_id: Option<&str>, signal: u32, all: bool) -> Result<(), RuntimeError> {
+        let number = process::signal_number(signal)?;
+        match exec_id {
+            None if all && signal == SIGKILL => self.cgroup.kill().map_err(failed),
+            None if all => {
+                for pid in self.cgroup.procs().map_err(failed)? {
+                    process::signal_pid(pid, number)?;
+                }
+                Ok(())
+            }
+            None => self.lock().init.signal(number),
+            Some(id) => {
+                let inner = self.lock();
+                let exec = inner.execs.get(id).ok_or_else(|| RuntimeError::NotFound(format!("no exec {id}")))?;
+                exec.process.signal(number)
+            }
+        }
+    }
+
+    fn resize(&self, exec_id: Option<&str>, width: u16, height: u16) -> Result<(), RuntimeError> {
+        self.io_of(exec_id)?.resize(width, height).map_err(precondition)
+    }
+
+    fn close_stdin(&self, exec_id: Option<&str>) -> Result<(), RuntimeError> {
+        self.io_of(exec_id)?.close_stdin();
+        Ok(())
+    }
+
+    async fn update(&self, resources: &LinuxResources, asleep: bool) -> Result<(), RuntimeError> {
+        if !asleep {
+            let updated = self.runc.update(&self.id, resources).await;
+            return updated.map_err(|error| runc_error("update", error, &self.runc_log()));
+        }
+        let mut settings =
+            limits::settings(resources).map_err(|error| RuntimeError::InvalidArgument(error.to_string()))?;
+        if self.options.ignore_missing_controllers {
+            settings.retain(|setting| self.cgroup.path().join(&setting.file).exists());
+        }
+        limits::apply(self.cgroup.path(), &settings).map_err(precondition)?;
+        self.lock().updates.push(resources.clone());
+        Ok(())
+    }
+
+    async fn freeze(&self) -> Result<(), RuntimeError> {
+        self.cgroup.freeze(FREEZE).await.map_err(failed)?;
+        self.io.set_asleep(true);
+        Ok(())
+    }
+
+    async fn thaw(&self) -> Result<(), RuntimeError> {
+        self.cgroup.thaw().await.map_err(failed)?;
+        self.io.set_asleep(false);
+        self.catch_up().await;
+        Ok(())
+    }
+
+    async fn dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
+        self.put_to_sleep(veto).await
+    }
+
+    async fn restore(&self) -> Result<Restored, RuntimeError> {
+        let restored = self.wake_up().await?;
+        self.catch_up().await;
+        Ok(restored)
+    }
+
+    async fn checkpoint(&self, config: &CheckpointConfig, asleep: bool) -> Result<(), RuntimeError> {
+        self.checkpoint_for_client(config, asleep).await
+    }
+
+    fn drop_image(&self) {
+        let Some(SleepImage { kind, network }) = self.lock().image.take() else { return };
+        drop(network);
+        let id = self.id.clone();
+        // A large file takes its time to go.
+        tokio::task::spawn_blocking(move || {
+            let (ImageKind::Direct(image) | ImageKind::Runc(image)) = kind;
+            let removed = Arc::try_unwrap(image).map(Image::remove);
+            if let Ok(Err(error)) = removed {
+                warn!(%id, %error, "an image that is no longer needed stays on the disk");
+            }
+        });
+    }
+
+    fn kill_rest(&self) {
+        if !self.own_pid_namespace
+            && let Err(error) = self.cgroup.kill()
+        {
+            warn!(id = %self.id, %error, "processes may be left of the container");
+        }
+    }
+
+    async fn delete_exec(&self, exec_id: &str) -> Result<(), RuntimeError> {
+        let exec = self.lock().execs.remove(exec_id);
+        if let Some(exec) = exec {
+            exec.io.drained(DRAIN).await;
+        }
+        let _ = std::fs::remove_file(self.bundle.join(format!("{exec_id}.pid")));
+        Ok(())
+    }
+
+    async fn delete(&self) -> Result<(), RuntimeError> {
+        self.io.drained(DRAIN).await;
+        match self.runc.delete(&self.id, Some(&DeleteOpts { force: true })).await {
+            Ok(()) => {}
+            Err(error) => {
+                let error = runc_error("delete", error, &self.runc_log());
+                if !error.to_string().contains("does not exist") {
+                    return Err(error);
+                }
+            }
+        }
+        rootfs::unmount(&self.bundle).map_err(failed)?;
+        self.lock().image = None;
+        sleep::remove_images(&self.options.image_dir, &self.namespace, &self.id)?;
+        info!(id = %self.id, "deleted");
+        Ok(())
+    }
+
+    async fn input(&self) {
+        self.io.input_waiting().await;
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        let living = self.cgroup.procs().unwrap_or_default();
+        let inner = self.lock();
+        if !living.is_empty() && inner.image.is_none() {
+            return living.into_iter().map(process::number).collect();
+        }
+        if inner.last_pids.is_empty() { vec![inner.init.pid()] } else { inner.last_pids.clone() }
+    }
+
+    fn stats(&self) -> Result<Any, RuntimeError> {
+        Ok(stats::metrics_any(self.cgroup.path()))
+    }
+
+    fn memory(&self) -> (u64, &'static str) {
+        stats::memory_used(self.cgroup.path())
+    }
+}

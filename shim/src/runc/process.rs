@@ -1,0 +1,195 @@
+//! Processes: their pids, the descriptors that stand for them, signals, and what runc says when it fails.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    os::fd::OwnedFd,
+    path::Path,
+};
+
+use rustix::{
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal},
+};
+use serde::Deserialize;
+
+use crate::{
+    reaper::ExitWatch,
+    runtime::{Process, ProcessExit, RuntimeError},
+};
+
+/// The highest signal, SIGRTMAX.
+const MAX_SIGNAL: u32 = 64;
+/// How much of runc's log is read.
+const MAX_LOG: u64 = 1 << 20;
+
+/// A process by its pid and by a descriptor that can mean no other.
+pub(super) struct ProcessHandle {
+    pid: Option<Pid>,
+    pidfd: Option<OwnedFd>,
+}
+
+impl ProcessHandle {
+    /// No process yet.
+    pub(super) fn none() -> Self {
+        Self { pid: None, pidfd: None }
+    }
+
+    /// The process `pid`, a child of this one, so that its pid is its own until it is reaped.
+    pub(super) fn open(pid: Pid) -> Self {
+        Self { pid: Some(pid), pidfd: rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok() }
+    }
+
+    /// Its pid, 0 for none.
+    pub(super) fn pid(&self) -> u32 {
+        self.pid.map_or(0, number)
+    }
+
+    /// The process, if there is one.
+    pub(super) fn raw(&self) -> Option<Pid> {
+        self.pid
+    }
+
+    /// Sends a signal; none (0) only asks whether it lives.
+    pub(super) fn signal(&self, signal: Option<Signal>) -> Result<(), RuntimeError> {
+        let gone = || RuntimeError::NotFound("the process has ended".to_owned());
+        let pidfd = self.pidfd.as_ref().ok_or_else(gone)?;
+        let sent = match signal {
+            Some(signal) => rustix::process::pidfd_send_signal(pidfd, signal),
+            None => rustix::process::test_kill_process(self.pid.ok_or_else(gone)?),
+        };
+        match sent {
+            Ok(()) => Ok(()),
+            Err(Errno::SRCH) => Err(gone()),
+            Err(errno) => Err(RuntimeError::Failed(format!("process {}: {errno}", self.pid()))),
+        }
+    }
+}
+
+/// Sends a signal to a process of the cgroup. One that has ended meanwhile needs none.
+pub(super) fn signal_pid(pid: Pid, signal: Option<Signal>) -> Result<(), RuntimeError> {
+    let sent = match signal {
+        Some(signal) => rustix::process::kill_process(pid, signal),
+        None => rustix::process::test_kill_process(pid),
+    };
+    match sent {
+        Ok(()) | Err(Errno::SRCH) => Ok(()),
+        Err(errno) => Err(RuntimeError::Failed(format!("process {}: {errno}", number(pid)))),
+    }
+}
+
+/// The signal with a number; none for 0.
+pub(super) fn signal_number(signal: u32) -> Result<Option<Signal>, RuntimeError> {
+    match signal {
+        0 => Ok(None),
+        1..=MAX_SIGNAL => {
+            let raw = i32::try_from(signal).unwrap_or(0);
+            // SAFETY: the number is a signal's; it is only sent, to another process, and never handled here.
+            Ok(Signal::from_named_raw(raw).or_else(|| Some(unsafe { Signal::from_raw_unchecked(raw) })))
+        }
+        _ => Err(RuntimeError::InvalidArgument(format!("there is no signal {signal}: the highest is {MAX_SIGNAL}"))),
+    }
+}
+
+/// A pid as the wire has it.
+pub(super) fn number(pid: Pid) -> u32 {
+    pid.as_raw_nonzero().get().unsigned_abs()
+}
+
+/// A process of the runtime's from its pid and its exit.
+pub(super) fn of(pid: Pid, exit: ExitWatch) -> Process {
+    Process {
+        pid: number(pid),
+        exit: Box::pin(async move {
+            let exit = exit.await;
+            ProcessExit { code: exit.code(), at: exit.at }
+        }),
+    }
+}
+
+/// Reads the pid that runc wrote.
+pub(super) fn read_pid(path: &Path) -> Result<Pid, RuntimeError> {
+    let failed = |why: String| RuntimeError::Failed(format!("runc's pid file {}: {why}", path.display()));
+    let text = fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    text.trim().parse().ok().and_then(Pid::from_raw).ok_or_else(|| failed(format!("{text:?} is no pid")))
+}
+
+#[derive(Deserialize)]
+struct LogLine {
+    level: String,
+    msg: String,
+}
+
+/// What runc's log says of a failure; runc's own output where it says nothing.
+pub(super) fn runc_error(what: &str, error: runc::error::Error, log: &Path) -> RuntimeError {
+    let said = last_error(log);
+    let why = match (said, error) {
+        (Some(said), runc::error::Error::CommandFailed { .. }) => said,
+        (None, runc::error::Error::CommandFailed { status, stderr, .. }) => {
+            format!("{status}: {}", stderr.trim())
+        }
+        (_, error) => error.to_string(),
+    };
+    // The log is read once: the next failure has its own.
+    let _ = fs::remove_file(log);
+    RuntimeError::Failed(format!("OCI runtime {what} failed: {why}"))
+}
+
+fn last_error(log: &Path) -> Option<String> {
+    use std::io::Read;
+    let file = fs::File::open(log).ok()?;
+    BufReader::new(file.take(MAX_LOG))
+        .lines()
+        .map_while(Result::ok)
+        .filter_map(|line| serde_json::from_str::<LogLine>(&line).ok())
+        .filter(|line| line.level == "error" || line.level == "fatal")
+        .map(|line| line.msg)
+        .last()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    fn command_failed(stderr: &str) -> runc::error::Error {
+        runc::error::Error::CommandFailed {
+            status: std::process::ExitStatus::from_raw(1 << 8),
+            stdout: String::new(),
+            stderr: stderr.to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_last_error_of_runcs_log_is_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log.json");
+        let lines = "{\"level\":\"error\",\"msg\":\"first\"}\nnoise\n{\"level\":\"error\",\"msg\":\"no such file\"}\n\
+                     {\"level\":\"warning\",\"msg\":\"later\"}\n";
+        fs::write(&log, lines).unwrap();
+        let error = runc_error("create", command_failed("exit"), &log).to_string();
+        assert_eq!(error, "OCI runtime create failed: no such file");
+        let next = runc_error("start", command_failed("container not found\n"), &log).to_string();
+        assert!(next.contains("container not found"), "an old log is not read again: {next}");
+    }
+
+    #[test]
+    fn signals_have_numbers_up_to_the_last_real_time_one() {
+        assert!(signal_number(0).unwrap().is_none());
+        assert_eq!(signal_number(15).unwrap(), Some(Signal::TERM));
+        assert_eq!(signal_number(37).unwrap().unwrap().as_raw(), 37);
+        assert!(matches!(signal_number(65), Err(RuntimeError::InvalidArgument(_))));
+    }
+
+    #[test]
+    fn a_pid_file_without_a_pid_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("init.pid");
+        fs::write(&path, "zero").unwrap();
+        assert!(read_pid(&path).unwrap_err().to_string().contains("init.pid"));
+        fs::write(&path, "42\n").unwrap();
+        assert_eq!(number(read_pid(&path).unwrap()), 42);
+    }
+}
