@@ -3,6 +3,8 @@
 pub mod bundle;
 pub mod container;
 pub mod control;
+pub mod controllers;
+pub mod daemon;
 pub mod error;
 pub mod events;
 pub mod info;
@@ -14,5 +16,7 @@ pub mod oom;
 pub mod options;
 pub mod reaper;
 pub mod rootfs;
+pub mod runc;
 pub mod runtime;
+pub mod stats;
 pub mod task;

@@ -1,3 +1,8 @@
-//! Entry point.
+//! Entry point of `containerd-shim-agentcube-v1`.
 
-fn main() {}
+use agentcube_shim::daemon::{self, Daemon};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    containerd_shim::run::<Daemon>("io.containerd.agentcube.v1", Some(daemon::config())).await;
+}

@@ -136,7 +136,8 @@ impl RuntimeFactory for RuncFactory {
         let CreateConfig { id, namespace, bundle, .. } = config;
         if config.checkpoint.is_some() {
             return Err(RuntimeError::FailedPrecondition(
-                "a container cannot be created from a checkpoint by this runtime: use io.containerd.runc.v2".to_owned(),
+                "a container cannot be created from a checkpoint by this runtime: use io.containerd.runc.v2"
+                    .to_owned(),
             ));
         }
         let invalid = |error: &dyn std::fmt::Display| RuntimeError::InvalidArgument(error.to_string());
@@ -151,7 +152,9 @@ impl RuntimeFactory for RuncFactory {
         let making = Making { config, runc: &runc, reaper: &self.reaper };
         let made = async {
             let logger = logger(id, namespace);
-            let io = ProcessIo::open(&config.stdio, &logger, &self.reaper).await.map_err(|error| invalid(&error))?;
+            let io = ProcessIo::open(&config.stdio, &logger, &self.reaper)
+                .await
+                .map_err(|error| invalid(&error))?;
             let (pid, exit) = making.create(&io).await?;
             let cgroup = Cgroup::of_pid(pid).map_err(precondition)?;
             Ok((io, pid, exit, cgroup))

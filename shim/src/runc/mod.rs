@@ -17,24 +17,22 @@ use async_trait::async_trait;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use criu_hooks::{cgroup::Cgroup, engine::Engine, image::Image};
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
-use rustix::fd::OwnedFd;
 use runc::{
     Runc,
     options::{DeleteOpts, ExecOpts},
 };
+use rustix::fd::OwnedFd;
 use tracing::{info, warn};
 
-pub use self::{cleanup::cleanup, create::RuncFactory};
 use self::process::{ProcessHandle, runc_error};
+pub use self::{cleanup::cleanup, create::RuncFactory};
 use crate::{
     io::{ConsoleSocket, ProcessIo},
     limits,
     options::Options,
     reaper::Reaper,
     rootfs,
-    runtime::{
-        CheckpointConfig, DumpReport, ExecConfig, Process, Restored, Runtime, RuntimeError, Veto,
-    },
+    runtime::{CheckpointConfig, DumpReport, ExecConfig, Process, Restored, Runtime, RuntimeError, Veto},
     stats,
 };
 
@@ -236,7 +234,8 @@ impl Runtime for RuncContainer {
             None => self.lock().init.signal(number),
             Some(id) => {
                 let inner = self.lock();
-                let exec = inner.execs.get(id).ok_or_else(|| RuntimeError::NotFound(format!("no exec {id}")))?;
+                let exec =
+                    inner.execs.get(id).ok_or_else(|| RuntimeError::NotFound(format!("no exec {id}")))?;
                 exec.process.signal(number)
             }
         }

@@ -87,7 +87,9 @@ pub(super) fn signal_number(signal: u32) -> Result<Option<Signal>, RuntimeError>
             // SAFETY: the number is a signal's; it is only sent, to another process, and never handled here.
             Ok(Signal::from_named_raw(raw).or_else(|| Some(unsafe { Signal::from_raw_unchecked(raw) })))
         }
-        _ => Err(RuntimeError::InvalidArgument(format!("there is no signal {signal}: the highest is {MAX_SIGNAL}"))),
+        _ => Err(RuntimeError::InvalidArgument(format!(
+            "there is no signal {signal}: the highest is {MAX_SIGNAL}"
+        ))),
     }
 }
 

@@ -1,0 +1,138 @@
+//! The shim as containerd runs it: the actions `start` and `delete`, and the server in between.
+
+use std::{path::PathBuf, sync::Arc};
+
+use agentcube_control::{server, socket};
+use async_trait::async_trait;
+use containerd_shim::{
+    Config, DeleteResponse, Error, ExitSignal, Flags, Result, Shim, StartOpts,
+    protos::{protobuf::well_known_types::any::Any, types::introspection::RuntimeInfo},
+    publisher::RemotePublisher,
+    spawn,
+    util::write_str_to_file,
+};
+use tracing::{info, warn};
+
+use crate::{
+    bundle,
+    control::ControlService,
+    events::{self, EventSink},
+    info, logging,
+    options::Options,
+    reaper::Reaper,
+    runc::{RuncFactory, cleanup},
+    task::{Containers, TaskService},
+};
+
+/// Carries the log level from `start`, which gets the options, to the server.
+const LOG_LEVEL: &str = "AGENTCUBE_LOG_LEVEL";
+
+/// One invocation of the shim's binary.
+pub struct Daemon {
+    id: String,
+    namespace: String,
+    debug: bool,
+    bundle: PathBuf,
+    containers: Containers,
+    exit: Arc<ExitSignal>,
+}
+
+impl Daemon {
+    /// The id that the control socket is named by: the sandbox's, or the container's own.
+    fn group(&self) -> String {
+        match bundle::read_spec(&self.bundle) {
+            Ok(spec) => bundle::group(&spec, &self.id).to_owned(),
+            Err(_) => self.id.clone(),
+        }
+    }
+}
+
+/// How the crate is to run the shim. It reads this before it makes a [`Daemon`], so `new` is too late to change it.
+pub fn config() -> Config {
+    // One place reaps, and it is ours: whoever waits for any child takes the exits of all others.
+    Config { no_reaper: true, no_setup_logger: true, ..Config::default() }
+}
+
+fn other(error: impl std::fmt::Display) -> Error {
+    Error::Other(error.to_string())
+}
+
+#[async_trait]
+impl Shim for Daemon {
+    type T = TaskService;
+
+    async fn new(_: &str, flags: &Flags, _: &mut Config) -> Self {
+        Self {
+            id: flags.id.clone(),
+            namespace: flags.namespace.clone(),
+            debug: flags.debug,
+            bundle: std::env::current_dir().unwrap_or_default(),
+            containers: Containers::default(),
+            exit: Arc::new(ExitSignal::default()),
+        }
+    }
+
+    fn runtime_info(runtime_id: &str, options: Option<&Any>) -> Result<RuntimeInfo> {
+        info::runtime_info(runtime_id, options).map_err(other)
+    }
+
+    async fn start_shim(&mut self, opts: StartOpts) -> Result<String> {
+        // A wrong option is told here, where containerd passes on what is wrong.
+        let options = Options::from_extensions(&opts.extensions).map_err(other)?;
+        let spec = bundle::read_spec(&self.bundle).map_err(other)?;
+        let group = bundle::group(&spec, &opts.id).to_owned();
+        let level = options.log_level.to_string();
+        let address = spawn(opts, &group, vec![(LOG_LEVEL, level.as_str())]).await?;
+        write_str_to_file("address", &address).await?;
+        Ok(address)
+    }
+
+    async fn delete_shim(&mut self) -> Result<DeleteResponse> {
+        let reaper = Reaper::start().map_err(other)?;
+        let ended = cleanup(&self.namespace, &self.id, &self.bundle, &reaper).await;
+        let group = self.group();
+        if group == self.id
+            && let Err(error) = socket::remove(socket::DEFAULT_ROOT.as_ref(), &self.namespace, &group)
+        {
+            eprintln!("the control socket of {group} stays behind: {error}");
+        }
+        Ok(DeleteResponse {
+            pid: ended.pid,
+            exit_status: ended.code,
+            exited_at: Some(events::timestamp(ended.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn wait(&mut self) {
+        // Only now: a second `start` for the same sandbox comes as far as the task service, but never here.
+        let group = self.group();
+        let control = Arc::new(ControlService::new(&self.namespace, self.containers.clone()));
+        let root = socket::DEFAULT_ROOT.as_ref();
+        let serving = match socket::listen(root, &self.namespace, &group) {
+            Ok(listener) => server::serve(listener, control).await.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = &serving {
+            warn!(%error, "no control socket: agents of this shim can be woken, but not put to sleep");
+        }
+        self.exit.wait().await;
+        if let Ok(mut server) = serving {
+            if let Err(error) = socket::remove(root, &self.namespace, &group) {
+                warn!(%error, "the control socket stays behind");
+            }
+            server.disconnect().await;
+        }
+    }
+
+    async fn create_task_service(&self, publisher: RemotePublisher) -> Self::T {
+        let level = std::env::var(LOG_LEVEL).unwrap_or_default();
+        logging::init(&self.bundle, if self.debug { "debug" } else { &level }, &self.namespace, &self.id);
+        info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "the shim serves");
+        let (sink, receiver) = EventSink::channel();
+        tokio::spawn(events::forward(publisher, self.namespace.clone(), receiver));
+        let reaper = Reaper::start().expect("a tokio runtime with signals is running");
+        let factory = Arc::new(RuncFactory::new(reaper, sink.clone()));
+        TaskService::new(&self.namespace, self.containers.clone(), factory, sink, self.exit.clone())
+    }
+}
