@@ -161,8 +161,8 @@ impl AgentSpec {
         format!("/var/log/agents/{}-{}.log", self.namespace, self.id)
     }
 
-    /// The arguments of `ctr` that start the agent.
-    fn command_line(&self, detached: bool) -> Vec<String> {
+    /// The arguments of `ctr` that start the agent on a node whose cgroups have a CPU controller or have none.
+    fn command_line(&self, detached: bool, cpu_controller: bool) -> Vec<String> {
         let mut words: Vec<String> =
             ["ctr", "--namespace", &self.namespace, "run", "--runtime", self.runtime.name()]
                 .map(str::to_owned)
@@ -170,6 +170,10 @@ impl AgentSpec {
         let mut flag = |name: &str, value: String| words.extend([name.to_owned(), value]);
         if self.runtime == Runtime::Agentcube {
             flag("--runtime-config-path", SHIM_TOML.into());
+        }
+        if self.runtime == Runtime::Runc && !cpu_controller {
+            // ctr sets shares when it is not told otherwise, and runc then insists on a controller.
+            flag("--cpu-shares", "0".into());
         }
         if detached && !self.tty {
             flag("--log-uri", format!("file://{}", self.log()));
@@ -229,7 +233,7 @@ impl Node {
     /// When the image can't be made or `ctr run` fails.
     pub fn run_agent(&self, spec: &AgentSpec) -> Result<Agent<'_>> {
         let net = self.prepare(spec)?;
-        self.command(spec.command_line(true)).run()?.check()?;
+        self.command(spec.command_line(true, self.has_controller("cpu"))).run()?.check()?;
         Ok(Agent { node: self, spec: spec.clone(), net })
     }
 
@@ -240,7 +244,7 @@ impl Node {
     /// When the image can't be made or `ctr` can't be started.
     pub fn run_attached(&self, spec: &AgentSpec) -> Result<(Agent<'_>, Spawned)> {
         let net = self.prepare(spec)?;
-        let mut command = self.command(spec.command_line(false));
+        let mut command = self.command(spec.command_line(false, self.has_controller("cpu")));
         if spec.tty {
             command = command.terminal(24, 80);
         }
@@ -421,14 +425,13 @@ impl Agent<'_> {
         let what = format!("{} to stop", self.id());
         self.node
             .wait_until(&what, timeout, || Ok(self.task()?.is_some_and(|(_, state)| state == "STOPPED")))?;
-        // The exit status of this command is that of the task.
         let deleted = self.ctr(&["task", "delete", self.id()])?;
         if let Some((_, state)) = self.task()? {
             let what = format!("ctr task delete {} left a task in state {state}", self.id());
             return Err(NodeError::Answer { what, answer: deleted.stderr });
         }
         self.delete_container()?;
-        Ok(deleted.status)
+        Ok(exit_status(&deleted.stderr))
     }
 
     /// Deletes the container, with its task if there still is one, by force.
@@ -452,6 +455,14 @@ impl Agent<'_> {
         }
         Ok(())
     }
+}
+
+/// The exit status in what `ctr task delete` says: it tells of any but 0.
+fn exit_status(stderr: &str) -> i32 {
+    let told = stderr.split_once("non-zero exit code ").map(|(_, rest)| rest);
+    let digits =
+        told.map(|rest| rest.split(|letter: char| !letter.is_ascii_digit()).next().unwrap_or_default());
+    digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
 }
 
 impl Node {
@@ -487,7 +498,7 @@ mod tests {
             .env("A", &1)
             .annotation("k", "v")
             .args(&["/bin/sh", "-c", "exit 42"]);
-        let line = spec.command_line(true).join(" ");
+        let line = spec.command_line(true, false).join(" ");
         let image = Image::Counter.reference();
         assert!(
             line.starts_with("ctr --namespace default run --runtime io.containerd.agentcube.v1 "),
@@ -497,12 +508,21 @@ mod tests {
         for part in ["--with-ns network:/run/netns/a1", "--env PORT=8080 --env A=1", "--annotation k=v"] {
             assert!(line.contains(part), "{part} not in {line}");
         }
-        assert!(!line.contains("--net-host"), "{line}");
+        assert!(!line.contains("--net-host") && !line.contains("--cpu-shares"), "{line}");
     }
 
     #[test]
-    fn runc_gets_no_options_of_the_shim() {
-        let line = AgentSpec::new(Image::Shell, "s", Runtime::Runc).tty().command_line(false).join(" ");
+    fn exit_statuses_are_read_from_what_ctr_says() {
+        assert_eq!(exit_status(""), 0);
+        assert_eq!(exit_status("level=warning msg=\"task x exit with non-zero exit code 42\"\n"), 42);
+    }
+
+    #[test]
+    fn runc_gets_no_options_of_the_shim_and_no_shares_without_a_controller() {
+        let spec = AgentSpec::new(Image::Shell, "s", Runtime::Runc).tty();
+        let line = spec.command_line(false, false).join(" ");
+        assert!(line.contains("--cpu-shares 0"), "{line}");
+        assert!(!spec.command_line(false, true).contains(&"--cpu-shares".to_owned()));
         assert!(!line.contains("runtime-config-path") && !line.contains("log-uri"), "{line}");
         assert!(line.contains("--tty --net-host"), "{line}");
     }

@@ -63,9 +63,9 @@ pod_annotations = ["agentcube.volcano.sh/*"]
     )
 }
 
-/// The last `count` lines of a text.
+/// The last `count` lines of containerd's log, without those that every start repeats.
 pub(super) fn tail(text: &str, count: usize) -> String {
-    let lines: Vec<&str> = text.lines().collect();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.contains("loading plugin\"")).collect();
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
@@ -74,9 +74,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_tail_is_the_last_lines_and_all_of_a_short_text() {
+    fn the_tail_is_the_last_lines_that_say_something() {
         assert_eq!(tail("a\nb\nc\n", 2), "b\nc");
-        assert_eq!(tail("a\n", 2), "a");
+        assert_eq!(tail("a\nmsg=\"loading plugin\" x\n", 2), "a");
         assert_eq!(tail("", 2), "");
     }
 }

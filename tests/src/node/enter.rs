@@ -86,7 +86,11 @@ pub(super) fn program() -> Result<PathBuf> {
 /// The program `name` of the same build as `this`; the error is where it should be.
 pub(super) fn sibling(this: &Path, name: &str) -> std::result::Result<PathBuf, PathBuf> {
     let folder = this.parent().unwrap_or(Path::new("/"));
-    let target = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
+    let target = if folder.ends_with("deps") || folder.ends_with("examples") {
+        folder.parent().unwrap_or(folder)
+    } else {
+        folder
+    };
     let path = target.join(name);
     if path.exists() { Ok(path) } else { Err(path) }
 }

@@ -9,14 +9,17 @@ use std::path::Path;
 use super::enter::Entrance;
 use crate::cgroup;
 
+/// Where containerd keeps bundles, in a folder for each of its namespaces.
+const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task";
+
 /// Folders whose files belong to sleeping agents, to shims or to runc.
 const STATE: &[&str] = &[
+    BUNDLES,
+    "/var/lib/containerd/io.containerd.runtime.v2.task",
+    "/run/containerd/runc",
+    "/run/runc",
     "/var/lib/agentcube",
     "/run/agentcube",
-    "/run/runc",
-    "/run/containerd/runc",
-    "/run/containerd/io.containerd.runtime.v2.task",
-    "/var/lib/containerd/io.containerd.runtime.v2.task",
     "/run/netns",
 ];
 
@@ -40,13 +43,22 @@ impl Leftovers {
         let proc = Path::new("/proc").join(entrance.init.to_string());
         let root = proc.join("root");
         let mut counted = Self::default();
+        // What the first use of a containerd namespace or of a network namespace makes, and nothing ever removes, is
+        // no leftover: the folders and the cgroup called like the namespace, and the mount below which others go.
+        let namespaces: Vec<String> = fs::read_dir(root.join(BUNDLES.trim_start_matches('/')))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
         let mountinfo = fs::read_to_string(proc.join("mountinfo")).unwrap_or_default();
-        for point in mountinfo.lines().filter_map(|line| line.split(' ').nth(4)) {
+        let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4));
+        for point in points.filter(|point| *point != "/run/netns") {
             add(&mut counted.mounts, point);
         }
         for path in cgroup::tree(&entrance.cgroup) {
             let name = path.strip_prefix(&entrance.cgroup).unwrap_or(&path).to_string_lossy().into_owned();
-            if !name.starts_with(cgroup::EXEC_PREFIX) {
+            if !name.starts_with(cgroup::EXEC_PREFIX) && !namespaces.contains(&name) {
                 add(&mut counted.cgroups, &name);
             }
         }
@@ -70,8 +82,11 @@ impl Leftovers {
             }
         });
         for folder in STATE {
+            let namespace = |path: &str| namespaces.iter().any(|name| path == format!("{folder}/{name}"));
             walk(&root, Path::new(folder), &mut |path, _| {
-                add(&mut counted.files, path);
+                if !namespace(path) {
+                    add(&mut counted.files, path);
+                }
             });
         }
         counted

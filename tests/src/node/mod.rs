@@ -187,6 +187,11 @@ impl Node {
         cgroup::controllers(&self.entrance.cgroup)
     }
 
+    /// Whether its cgroups have a controller, such as `memory`.
+    pub fn has_controller(&self, name: &str) -> bool {
+        self.controllers().iter().any(|controller| controller == name)
+    }
+
     /// The folder of a container's cgroup, as the host sees it; `path` is the one in the OCI spec, such as `/default/ID`.
     pub fn cgroup(&self, path: &str) -> PathBuf {
         self.entrance.cgroup.join(path.trim_start_matches('/'))

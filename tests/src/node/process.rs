@@ -233,14 +233,21 @@ fn window(rows: u16, columns: u16) -> Winsize {
     Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }
 }
 
-/// The cgroup of one command, in which everything that it starts is found and killed.
+/// The cgroup of one command, in which everything that it starts can be found and killed.
 #[derive(Debug)]
 struct ExecCgroup(PathBuf);
 
-impl Drop for ExecCgroup {
-    fn drop(&mut self) {
+impl ExecCgroup {
+    fn kill(&self) {
         // What can't be removed here goes with the node.
         let _ = cgroup::kill_and_remove(&self.0, Duration::from_secs(2));
+    }
+}
+
+impl Drop for ExecCgroup {
+    fn drop(&mut self) {
+        // What a command leaves in the background stays there, and its cgroup with it until the node ends.
+        let _ = fs::remove_dir(&self.0);
     }
 }
 
@@ -400,8 +407,8 @@ impl Spawned {
 impl Drop for Spawned {
     fn drop(&mut self) {
         if self.running() {
-            if let Some(cgroup) = self.cgroup.take() {
-                drop(cgroup);
+            if let Some(cgroup) = &self.cgroup {
+                cgroup.kill();
             } else {
                 // A service: the process that entered the node takes it along.
                 let _ = self.child.kill();
