@@ -151,6 +151,15 @@ impl Agent {
         last
     }
 
+    /// Drops one line that is there already; false when there is none.
+    pub async fn count_to_end(&mut self) -> bool {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let read = drain(&mut self.output.0);
+        let more = !read.is_empty() || !self.seen.is_empty();
+        self.seen.clear();
+        more
+    }
+
     pub async fn dump(&mut self) -> Result<DumpReport, DumpError> {
         self.dump_with(&DumpOptions::default()).await
     }
@@ -295,7 +304,7 @@ fn make_bundle(id: &str, bundle: &Path, setup: &Setup<'_>) {
     fs::create_dir(base.join("lower/var")).unwrap();
     symlink("../run", base.join("lower/var/run")).unwrap();
     let lower = if setup.whole_root {
-        PathBuf::from("/")
+        PathBuf::from("/run/rootfs")
     } else {
         base.join("lower")
     };
@@ -399,6 +408,13 @@ pub struct Census {
 }
 
 impl Census {
+    /// As [`Census::take`], after the children that a killed CRIU left to the first process of this node are reaped.
+    pub fn take_as_init() -> Census {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        while matches!(waitid(WaitId::All, options), Ok(Some(_))) {}
+        Census::take()
+    }
+
     pub fn take() -> Census {
         let mut processes: Vec<String> = fs::read_dir("/proc")
             .unwrap()
