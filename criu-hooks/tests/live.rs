@@ -200,7 +200,7 @@ on_a_node!(
         let watching = [
             "sh",
             "-c",
-            "inotifyd cat /etc & exec sh -c \"$0\"",
+            "tail -f /etc/hostname & exec sh -c \"$0\"",
             agent::COUNTER[2],
         ];
         let mut agent = Agent::start(
@@ -544,7 +544,7 @@ on_a_node!(an_exec_or_a_debugger_stops_a_dump_before_it_begins, async || {
     exec.wait().unwrap();
     for pid in agent.container.cgroup.procs().unwrap() {
         let args = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        if args.starts_with("sleep\0100") {
+        if args.starts_with("sleep\x00100") {
             rustix::process::kill_process(pid, Signal::KILL).unwrap();
             reap(pid);
         }
@@ -902,15 +902,20 @@ on_a_node!(python_and_node_agents_keep_their_memory, async || {
             .unwrap()
             .push(json!("UV_USE_IO_URING=0"));
     };
+    // Left to itself, node may use io_uring, which cannot be dumped.
+    let change = |spec: &mut Value| {
+        spec["process"]["env"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!("UV_USE_IO_URING=0"));
+    };
     for (id, args) in agents {
-        let mut agent = Agent::start(
-            id,
-            &Setup {
-                args: &args,
-                change: &change,
-                whole_root: true,
-            },
-        );
+        let setup = Setup {
+            args: &args,
+            change: &change,
+            whole_root: true,
+        };
+        let mut agent = Agent::start(id, &setup);
         let mut last = agent.count_on(0, 5).await;
         for _ in 0..5 {
             let dumped = agent.dump().await.unwrap();

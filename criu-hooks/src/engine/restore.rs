@@ -361,7 +361,9 @@ impl Attempt {
         if let Some(created) = self.created.take().filter(|created| !ours.contains(created)) {
             ours.push(created);
         }
-        ours.into_iter().for_each(|pid| self.spawner.adopt(pid));
+        for pid in ours {
+            self.spawner.adopt(pid);
+        }
     }
 }
 

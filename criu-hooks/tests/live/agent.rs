@@ -33,7 +33,6 @@ const RUNC: &str = "/usr/sbin/runc";
 
 pub struct Agent {
     pub id: String,
-    pub bundle: PathBuf,
     pub pid: Pid,
     pub container: Container,
     pub store: Store,
@@ -95,18 +94,17 @@ impl Agent {
             "runc run: {status}: {}",
             drain(&mut fs::File::from(read))
         );
-        Agent::adopt(id, bundle, (read.into(), write))
+        Agent::adopt(id, &bundle, (read.into(), write))
     }
 
     /// A container that runc has started.
-    fn adopt(id: &str, bundle: PathBuf, output: (fs::File, OwnedFd)) -> Agent {
+    fn adopt(id: &str, bundle: &Path, output: (fs::File, OwnedFd)) -> Agent {
         let pid: i32 = fs::read_to_string("/run/pid").unwrap().trim().parse().unwrap();
         let pid = Pid::from_raw(pid).unwrap();
         let cgroup = Cgroup::of_pid(pid).unwrap();
-        let container = Container::load(id, &bundle, cgroup).unwrap();
+        let container = Container::load(id, bundle, cgroup).unwrap();
         Agent {
             id: id.to_owned(),
-            bundle,
             pid,
             container,
             store: Store::open("/run/images").unwrap(),
@@ -134,11 +132,6 @@ impl Agent {
             );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-    }
-
-    /// Reads lines until `wanted` is one.
-    pub async fn wait_for(&mut self, wanted: &str) {
-        while self.line().await != wanted {}
     }
 
     /// Reads `lines` numbers that must follow `last` one by one.
@@ -380,7 +373,7 @@ pub fn start_with_terminal(id: &str, args: &[&str]) -> (Agent, OwnedFd) {
     let master = receive_descriptor(&connection);
     assert!(runc.wait().unwrap().success());
     let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-    (Agent::adopt(id, bundle, (read.into(), write)), master)
+    (Agent::adopt(id, &bundle, (read.into(), write)), master)
 }
 
 fn receive_descriptor(connection: impl AsFd) -> OwnedFd {
@@ -420,6 +413,11 @@ impl Census {
             .unwrap()
             .flatten()
             .filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?))
+            // The containers' own come and go.
+            .filter(|pid| {
+                !fs::read_to_string(format!("/proc/{pid}/cgroup"))
+                    .is_ok_and(|path| path.contains("/containers/"))
+            })
             .filter_map(|pid| Some(procfs::stat(pid).ok()?.comm))
             .collect();
         processes.sort();
