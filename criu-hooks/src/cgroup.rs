@@ -127,10 +127,10 @@ impl Cgroup {
     /// # Errors
     /// [`Error::Timeout`] when a process would not stop in time (one that waits for a device, say).
     pub async fn freeze(&self, timeout: Duration) -> Result<(), Error> {
-        self.write("cgroup.freeze", "1")?;
+        self.freeze_now()?;
         let result = self.wait(timeout, "frozen", |events| events.frozen).await;
         if result.is_err() {
-            let _ = self.write("cgroup.freeze", "0");
+            let _ = self.thaw_now();
         }
         result
     }
@@ -150,6 +150,14 @@ impl Cgroup {
     /// When the cgroup is gone.
     pub fn thaw_now(&self) -> Result<(), Error> {
         self.write("cgroup.freeze", "0")
+    }
+
+    /// Asks the kernel to stop its processes, without waiting until they stand still: for destructors.
+    ///
+    /// # Errors
+    /// When the cgroup is gone.
+    pub fn freeze_now(&self) -> Result<(), Error> {
+        self.write("cgroup.freeze", "1")
     }
 
     /// Whether every process in it stands still.

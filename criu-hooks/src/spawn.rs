@@ -137,6 +137,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_adopted_child_is_reaped() {
+        #[allow(clippy::zombie_processes)]
+        let child = shell("exit 1").spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        LocalSpawner.adopt(pid);
+        for _ in 0..500 {
+            if crate::procfs::stat(pid).is_err() {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("{pid} is still there");
+    }
+
+    #[tokio::test]
     async fn a_missing_program_is_an_error_of_spawn() {
         let error = LocalSpawner.spawn(Command::new("/nonexistent/program")).err().unwrap();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);

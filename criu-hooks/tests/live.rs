@@ -6,27 +6,955 @@
 mod agent;
 #[path = "live/node.rs"]
 mod node;
+// The shim's handling of runc's private files, proven here against real containers.
+#[allow(dead_code, missing_docs)]
+#[path = "../../shim/src/runc/state_file.rs"]
+mod state_file;
 
-use agent::{Agent, Census, Setup};
+use std::{
+    fs,
+    os::fd::OwnedFd,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use agent::{Agent, Census, NAMESPACE, Setup, reap, start_with_terminal};
+use criu_hooks::{
+    cgroup::Cgroup,
+    container::{self, Blocker},
+    criu::{HookError, NoHooks, log::Cause},
+    engine::{DumpError, DumpHooks, DumpOptions, Engine, Failure, RestoreError, RestoreHooks},
+    image, procfs,
+    spawn::{Child, LocalSpawner, Spawner},
+};
 use node::in_node;
+use rustix::process::{Pid, Signal};
+use serde_json::{Value, json};
 
-#[test]
-fn a_counter_goes_on_over_five_cycles() {
-    in_node("a_counter_goes_on_over_five_cycles", async || {
+/// Names a test once.
+macro_rules! on_a_node {
+    ($name:ident, $body:expr) => {
+        #[test]
+        fn $name() {
+            in_node(stringify!($name), $body);
+        }
+    };
+}
+
+on_a_node!(a_counter_goes_on_over_five_cycles, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let mut last = agent.count_on(0, 5).await;
+    for cycle in 0..5 {
+        let dumped = agent.dump().await.unwrap();
+        assert!(!agent.container.cgroup.populated().unwrap());
+        assert!(!agent.container.cgroup.is_frozen().unwrap());
+        let restored = agent.restore().await.unwrap();
+        println!(
+            "cycle {cycle}: dump {:?} (stopped {:?}, {} bytes), restore {:?}",
+            dumped.total, dumped.stopped, dumped.image_bytes, restored.total
+        );
+        agent.assert_running();
+        last = agent.count_on(last, 10).await;
+    }
+    agent.delete();
+});
+
+on_a_node!(runc_works_on_a_restored_container, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let before = agent.exec(&["ls", "/sys/fs/cgroup"]);
+    let own_cgroup = agent.exec(&["cat", "/proc/self/cgroup"]);
+    for _ in 0..2 {
+        agent.dump().await.unwrap();
+        agent.restore().await.unwrap();
+        assert_eq!(Cgroup::of_pid(agent.pid).unwrap(), agent.container.cgroup);
+        state_file::update(&agent.state_file(), agent.pid).unwrap();
+        assert_eq!(agent.exec(&["echo", "here"]), "here\n");
+        // The container sees no more of the host's cgroups than before.
+        assert_eq!(agent.exec(&["ls", "/sys/fs/cgroup"]), before);
+        assert_eq!(agent.exec(&["cat", "/proc/1/cgroup"]), own_cgroup);
+        assert!(agent.exec(&["ps"]).contains("i=$((i+1))"));
+        let runc = |args: &[&str]| {
+            let output = Command::new("/usr/sbin/runc")
+                .args(args)
+                .arg("counter")
+                .output()
+                .unwrap();
+            assert!(
+                output.status.success(),
+                "{args:?}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let state: Value = serde_json::from_str(&runc(&["state"])).unwrap();
+        assert_eq!(state["status"], "running");
+        assert_eq!(state["pid"], agent.pid.as_raw_nonzero().get());
+        runc(&["pause"]);
+        assert!(agent.container.cgroup.is_frozen().unwrap());
+        runc(&["resume"]);
+        agent.line().await;
+    }
+    let killed = Command::new("/usr/sbin/runc")
+        .args(["kill", "counter", "KILL"])
+        .status()
+        .unwrap();
+    assert!(killed.success());
+    reap(agent.pid);
+    assert!(
+        Command::new("/usr/sbin/runc")
+            .args(["delete", "counter"])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert!(!agent.container.cgroup.path().exists());
+});
+
+/// Reads from a terminal until `wanted` appears.
+async fn read_until(master: &OwnedFd, wanted: &str) -> String {
+    let mut seen = String::new();
+    for _ in 0..1000 {
+        let mut bytes = [0; 4096];
+        match rustix::io::read(master, &mut bytes) {
+            Ok(length) => seen.push_str(&String::from_utf8_lossy(&bytes[..length])),
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+        if seen.contains(wanted) {
+            return seen;
+        }
+    }
+    panic!("{wanted:?} did not come, but {seen:?}");
+}
+
+on_a_node!(a_terminal_and_its_shell_survive, async || {
+    let (mut agent, mut master) = start_with_terminal("shell", &["sh"]);
+    assert!(agent.container.has_terminal);
+    let size = rustix::termios::Winsize {
+        ws_row: 33,
+        ws_col: 99,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    rustix::termios::tcsetwinsize(&master, size).unwrap();
+    rustix::io::ioctl_fionbio(&master, true).unwrap();
+    rustix::io::write(&master, b"remembered=42; echo set-$remembered\n").unwrap();
+    read_until(&master, "set-42").await;
+    for _ in 0..3 {
+        agent.dump().await.unwrap();
+        drop(master);
+        master = agent.restore().await.unwrap().console.expect("a terminal");
+        rustix::io::ioctl_fionbio(&master, true).unwrap();
+        rustix::io::write(&master, b"echo still-$remembered; stty size\n").unwrap();
+        let seen = read_until(&master, "33 99").await;
+        assert!(seen.contains("still-42"), "{seen}");
+    }
+    agent.delete();
+});
+
+/// Refuses at the last moment.
+struct Veto;
+
+#[async_trait::async_trait]
+impl DumpHooks for Veto {
+    async fn before_kill(&mut self) -> Result<(), HookError> {
+        Err("somebody wants the agent".into())
+    }
+}
+
+on_a_node!(a_veto_before_the_kill_lets_the_agent_run_on, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    let writer = agent.store.begin(NAMESPACE, "counter", None).unwrap();
+    let options = DumpOptions::default();
+    let error = agent
+        .engine
+        .dump(&agent.container, agent.pid, &writer, &options, &mut Veto)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, DumpError::Vetoed(_)), "{error}");
+    assert!(error.to_string().contains("somebody wants the agent"), "{error}");
+    drop(writer);
+    assert!(agent.store.latest(NAMESPACE, "counter").unwrap().is_none());
+    agent.assert_running();
+    let last = agent.count_on(last, 20).await;
+    // Nothing of it stands in the way of a real one.
+    agent.dump().await.unwrap();
+    agent.restore().await.unwrap();
+    agent.count_on(last, 20).await;
+    agent.delete();
+});
+
+/// The cause of a dump that CRIU gave up.
+fn cause(error: &DumpError) -> Cause {
+    match error {
+        DumpError::Criu(Failure {
+            reason: Some(reason), ..
+        }) => reason.cause,
+        other => panic!("{other}"),
+    }
+}
+
+on_a_node!(
+    a_dump_that_fails_gives_the_reason_and_the_agent_runs_on,
+    async || {
+        let watching = [
+            "sh",
+            "-c",
+            "tail -f /etc/hostname & exec sh -c \"$0\"",
+            agent::COUNTER[2],
+        ];
+        let mut agent = Agent::start(
+            "watching",
+            &Setup {
+                args: &watching,
+                whole_root: true,
+                ..Setup::default()
+            },
+        );
+        let last = agent.count_on(0, 5).await;
+        let error = agent.dump().await.unwrap_err();
+        assert_eq!(cause(&error), Cause::FileWatch, "{error}");
+        assert!(error.to_string().contains("shallower depth"), "{error}");
+        agent.assert_running();
+        agent.count_on(last, 10).await;
+        assert!(agent.store.latest(NAMESPACE, "watching").unwrap().is_none());
+        agent.delete();
+
+        let locking = [
+            "sh",
+            "-c",
+            "flock /tmp/lock sleep 1000 & exec sh -c \"$0\"",
+            agent::COUNTER[2],
+        ];
+        let mut agent = Agent::start(
+            "locking",
+            &Setup {
+                args: &locking,
+                ..Setup::default()
+            },
+        );
+        let last = agent.count_on(0, 5).await;
+        let without = DumpOptions {
+            file_locks: false,
+            ..DumpOptions::default()
+        };
+        let error = agent.dump_with(&without).await.unwrap_err();
+        assert_eq!(cause(&error), Cause::FileLock, "{error}");
+        agent.assert_running();
+        let last = agent.count_on(last, 10).await;
+        agent.dump().await.unwrap();
+        agent.restore().await.unwrap();
+        agent.count_on(last, 10).await;
+        agent.delete();
+    }
+);
+
+on_a_node!(
+    every_file_truncated_fails_the_restore_and_keeps_the_image,
+    async || {
+        let mut agent = Agent::start("counter", &Setup::default());
+        let last = agent.count_on(0, 5).await;
+        agent.dump().await.unwrap();
+        let image = agent.image();
+        let names: Vec<_> = image
+            .manifest()
+            .files
+            .iter()
+            .map(|file| (file.name.clone(), file.size))
+            .collect();
+        assert!(names.len() > 20, "{names:?}");
+        for (name, size) in names.iter().filter(|(_, size)| *size > 0) {
+            let path = image.path().join("img").join(name);
+            let whole = fs::read(&path).unwrap();
+            fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+            let error = agent.restore().await.unwrap_err();
+            match error {
+                RestoreError::Image(image::Error::Truncated { file, expected, .. }) => {
+                    assert_eq!((&file, expected), (name, *size));
+                }
+                other => panic!("{name}: {other}"),
+            }
+            assert!(!agent.container.cgroup.populated().unwrap());
+            fs::write(&path, whole).unwrap();
+        }
+        let manifest = image.path().join("manifest.json");
+        let whole = fs::read(&manifest).unwrap();
+        fs::write(&manifest, &whole[..whole.len() / 2]).unwrap();
+        let error = agent.store.latest(NAMESPACE, "counter").unwrap_err();
+        assert!(matches!(error, image::Error::ManifestInvalid { .. }), "{error}");
+        fs::write(&manifest, whole).unwrap();
+        agent.restore().await.unwrap();
+        agent.count_on(last, 10).await;
+        agent.delete();
+    }
+);
+
+on_a_node!(
+    a_restore_that_criu_fails_leaves_nothing_and_can_be_tried_again,
+    async || {
+        let args = [
+            "sh",
+            "-c",
+            "echo kept > /tmp/file; exec 5</tmp/file; exec sh -c \"$0\"",
+            agent::COUNTER[2],
+        ];
+        let mut agent = Agent::start(
+            "reader",
+            &Setup {
+                args: &args,
+                ..Setup::default()
+            },
+        );
+        let last = agent.count_on(0, 5).await;
+        agent.dump().await.unwrap();
+        let before = Census::take();
+        let file = agent.container.rootfs.join("tmp/file");
+        fs::rename(&file, file.with_extension("away")).unwrap();
+        for _ in 0..3 {
+            let error = agent.restore().await.unwrap_err();
+            match &error {
+                RestoreError::Criu(Failure {
+                    reason: Some(reason), ..
+                }) => {
+                    assert_eq!(reason.cause, Cause::FileChanged, "{error}");
+                }
+                other => panic!("{other}"),
+            }
+            assert!(!agent.container.cgroup.populated().unwrap());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert_eq!(Census::take(), before);
+        }
+        fs::rename(file.with_extension("away"), &file).unwrap();
+        agent.restore().await.unwrap();
+        agent.count_on(last, 10).await;
+        agent.delete();
+    }
+);
+
+/// Kills each CRIU that it starts, after a while.
+struct Killer(Duration);
+
+impl Spawner for Killer {
+    fn spawn(&self, command: Command) -> std::io::Result<Child> {
+        let child = LocalSpawner.spawn(command)?;
+        let (pidfd, after) = (child.pidfd.try_clone()?, self.0);
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
+        });
+        Ok(child)
+    }
+
+    fn adopt(&self, pid: Pid) {
+        LocalSpawner.adopt(pid);
+    }
+}
+
+on_a_node!(
+    criu_killed_in_the_middle_of_a_dump_leaves_the_agent_running,
+    async || {
         let mut agent = Agent::start("counter", &Setup::default());
         let mut last = agent.count_on(0, 5).await;
-        for cycle in 0..5 {
-            let dumped = agent.dump().await.unwrap();
+        let mut broken_off = 0;
+        for after in (0..60).step_by(3) {
+            let engine = Engine::new(
+                "/usr/sbin/criu",
+                std::sync::Arc::new(Killer(Duration::from_millis(after))),
+            );
+            let kept = std::mem::replace(&mut agent.engine, engine);
+            let result = agent.dump().await;
+            agent.engine = kept;
+            match result {
+                Err(error) => {
+                    broken_off += 1;
+                    assert!(matches!(error, DumpError::Criu(_)), "after {after} ms: {error}");
+                    assert!(agent.store.latest(NAMESPACE, "counter").unwrap().is_none());
+                }
+                // It was done by then, or so far that the image had become the agent.
+                Ok(_) => {
+                    agent.restore().await.unwrap();
+                    agent.image().remove().unwrap();
+                }
+            }
+            agent.assert_running();
+            last = agent.count_on(last, 4).await;
+        }
+        assert!(broken_off >= 5, "only {broken_off} dumps were broken off");
+        agent.delete();
+    }
+);
+
+on_a_node!(
+    criu_killed_in_the_middle_of_a_restore_leaves_nothing,
+    async || {
+        let mut agent = Agent::start("counter", &Setup::default());
+        let last = agent.count_on(0, 5).await;
+        agent.dump().await.unwrap();
+        let before = Census::take();
+        let mut broken_off = 0;
+        for after in (0..30).step_by(2) {
+            let engine = Engine::new(
+                "/usr/sbin/criu",
+                std::sync::Arc::new(Killer(Duration::from_millis(after))),
+            );
+            let kept = std::mem::replace(&mut agent.engine, engine);
+            let result = agent.restore().await;
+            agent.engine = kept;
+            let Err(error) = result else { break };
+            broken_off += 1;
+            assert!(
+                matches!(error, RestoreError::Criu(_)),
+                "after {after} ms: {error}"
+            );
             assert!(!agent.container.cgroup.populated().unwrap());
-            assert!(!agent.container.cgroup.is_frozen().unwrap());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert_eq!(Census::take_as_init(), before, "after {after} ms");
+        }
+        assert!(broken_off >= 3, "only {broken_off} restores were broken off");
+        if !procfs::alive(agent.pid) {
+            agent.restore().await.unwrap();
+        }
+        agent.count_on(last, 10).await;
+        agent.delete();
+    }
+);
+
+on_a_node!(
+    a_dump_given_up_at_any_moment_leaves_the_agent_running_or_whole_on_disk,
+    async || {
+        let mut agent = Agent::start("counter", &Setup::default());
+        let mut last = agent.count_on(0, 5).await;
+        let mut given_up = 0;
+        for after in (0..70).step_by(3) {
+            let cut = tokio::time::timeout(Duration::from_millis(after), agent.dump()).await;
+            given_up += usize::from(cut.is_err());
+            // What goes on in the background is bounded, and short.
+            tokio::time::sleep(Duration::from_millis(150)).await;
+            if agent.container.cgroup.populated().unwrap() {
+                assert!(
+                    agent.store.latest(NAMESPACE, "counter").unwrap().is_none(),
+                    "after {after} ms"
+                );
+            } else {
+                if cut.is_err() {
+                    reap(agent.pid);
+                }
+                // The network namespace of this one is the container's own and went with it.
+                let options = agent.restore_options();
+                if options.network.is_none() || cut.is_err() {
+                    println!("the kill had begun after {after} ms");
+                    break;
+                }
+                agent.restore().await.unwrap();
+                agent.image().remove().unwrap();
+            }
+            agent.assert_running();
+            last = agent.count_on(last, 4).await;
+        }
+        assert!(given_up >= 5, "only {given_up} dumps were given up");
+        agent.delete();
+    }
+);
+
+on_a_node!(a_restore_given_up_at_any_moment_leaves_nothing, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    agent.dump().await.unwrap();
+    let before = Census::take();
+    let mut given_up = 0;
+    for after in (0..40).step_by(2) {
+        if tokio::time::timeout(Duration::from_millis(after), agent.restore())
+            .await
+            .is_ok()
+        {
+            break;
+        }
+        given_up += 1;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!agent.container.cgroup.populated().unwrap(), "after {after} ms");
+        assert_eq!(Census::take_as_init(), before, "after {after} ms");
+    }
+    assert!(given_up >= 3, "only {given_up} restores were given up");
+    if !procfs::alive(agent.pid) {
+        agent.restore().await.unwrap();
+    }
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
+
+on_a_node!(nothing_leaks_in_twenty_cycles, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let mut last = agent.count_on(0, 5).await;
+    let mut before = None;
+    let (mut dumps, mut restores) = (Vec::new(), Vec::new());
+    for cycle in 0..20 {
+        dumps.push(agent.dump().await.unwrap().total);
+        restores.push(agent.restore().await.unwrap().total);
+        agent.image().remove().unwrap();
+        last = agent.count_on(last, 3).await;
+        if cycle == 0 {
+            // The first restore brings a time namespace with it, and descriptors that stay for the next.
+            before = Some(Census::take());
+        }
+    }
+    assert_eq!(Some(Census::take()), before);
+    assert_eq!(fs::read_dir("/run/images/test/counter").unwrap().count(), 0);
+    dumps.sort();
+    restores.sort();
+    println!("median of 20: dump {:?}, restore {:?}", dumps[10], restores[10]);
+    agent.delete();
+});
+
+on_a_node!(an_exec_or_a_debugger_stops_a_dump_before_it_begins, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    let blockers = |error: DumpError| match error {
+        DumpError::Blocked(blockers) => blockers,
+        other => panic!("{other}"),
+    };
+    let mut exec = Command::new("/usr/sbin/runc")
+        .args(["exec", "counter", "sleep", "100"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    while agent.container.cgroup.procs().unwrap().len() < 3 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let found = blockers(agent.dump().await.unwrap_err());
+    assert!(
+        matches!(&found[..], [Blocker::Exec { comm, .. }] if comm == "sleep"),
+        "{found:?}"
+    );
+    agent.assert_running();
+    assert!(
+        Command::new("/usr/sbin/runc")
+            .args([
+                "exec",
+                "counter",
+                "sh",
+                "-c",
+                "kill -9 $(ps | grep 'sleep 100' | grep -v grep | while read pid rest; do echo $pid; done)"
+            ])
+            .status()
+            .is_ok()
+    );
+    let _ = exec.kill();
+    exec.wait().unwrap();
+    for pid in agent.container.cgroup.procs().unwrap() {
+        let args = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if args.starts_with("sleep\x00100") {
+            rustix::process::kill_process(pid, Signal::KILL).unwrap();
+            reap(pid);
+        }
+    }
+
+    let script = "import ctypes, sys, time\nctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), 0, 0)\nprint('traced', flush=True)\ntime.sleep(100)";
+    let mut tracer = Command::new("python3")
+        .args(["-c", script, &agent.pid.to_string()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Read::read_exact(tracer.stdout.as_mut().unwrap(), &mut [0; 6]).unwrap();
+    let found = blockers(agent.dump().await.unwrap_err());
+    assert!(
+        matches!(&found[..], [Blocker::Traced { pid, .. }] if *pid == agent.pid),
+        "{found:?}"
+    );
+    tracer.kill().unwrap();
+    tracer.wait().unwrap();
+    agent.assert_running();
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
+
+/// Adds a bind mount to a specification.
+fn volume(spec: &mut Value, source: &str, target: &str) {
+    let mount = json!({"destination": target, "type": "bind", "source": source, "options": ["rbind", "rw"]});
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+}
+
+on_a_node!(volumes_come_back_where_they_were, async || {
+    for (name, contents) in [
+        ("first", "hidden"),
+        ("second", "volume"),
+        ("inner", "inside"),
+        ("token", "secret"),
+    ] {
+        fs::create_dir_all(format!("/run/volumes/{name}/sub")).unwrap();
+        fs::write(format!("/run/volumes/{name}/file"), contents).unwrap();
+    }
+    let change = |spec: &mut Value| {
+        volume(spec, "/run/volumes/first", "/data");
+        // A volume mounted over another, a volume in a volume, one behind a link, and a single file.
+        volume(spec, "/run/volumes/second", "/data");
+        volume(spec, "/run/volumes/inner", "/data/sub");
+        volume(spec, "/run/volumes/token", "/var/run/secrets/token");
+        volume(spec, "/run/volumes/token/file", "/etc/single");
+    };
+    let args = [
+        "sh",
+        "-c",
+        "exec 5</data/file 6>>/data/sub/log; cd /var/run/secrets/token; exec sh -c \"$0\"",
+        agent::COUNTER[2],
+    ];
+    let mut agent = Agent::start(
+        "volumes",
+        &Setup {
+            args: &args,
+            change: &change,
+            ..Setup::default()
+        },
+    );
+    let mut last = agent.count_on(0, 5).await;
+    let check = |agent: &Agent| {
+        let shown = agent.exec(&["sh", "-c", "cat /data/file /data/sub/file /run/secrets/token/file /etc/single; ls /proc/keys; cat /proc/keys"]);
+        assert_eq!(shown, "volumeinsidesecretsecret/proc/keys\n");
+    };
+    check(&agent);
+    for _ in 0..2 {
+        agent.dump().await.unwrap();
+        // Another file in a volume, written while the agent sleeps, is seen after it.
+        fs::write("/run/volumes/second/new", "new").unwrap();
+        agent.restore().await.unwrap();
+        state_file::update(&agent.state_file(), agent.pid).unwrap();
+        check(&agent);
+        assert_eq!(agent.exec(&["cat", "/data/new"]), "new");
+        last = agent.count_on(last, 5).await;
+    }
+    agent.dump().await.unwrap();
+    fs::rename("/run/volumes/inner", "/run/volumes/away").unwrap();
+    let error = agent.restore().await.unwrap_err();
+    assert!(error.to_string().contains("/run/volumes/inner"), "{error}");
+    fs::rename("/run/volumes/away", "/run/volumes/inner").unwrap();
+    agent.restore().await.unwrap();
+    agent.count_on(last, 5).await;
+    agent.delete();
+});
+
+on_a_node!(a_mount_that_the_specification_does_not_name_blocks, async || {
+    let change = |spec: &mut Value| volume(spec, "/run/volumes/outer", "/data");
+    fs::create_dir_all("/run/volumes/outer/disk").unwrap();
+    let ramfs = ["-t", "ramfs", "ramfs", "/run/volumes/outer/disk"];
+    assert!(Command::new("mount").args(ramfs).status().unwrap().success());
+    let mut agent = Agent::start(
+        "mounts",
+        &Setup {
+            change: &change,
+            ..Setup::default()
+        },
+    );
+    let last = agent.count_on(0, 5).await;
+    match agent.dump().await.unwrap_err() {
+        DumpError::Blocked(blockers) => {
+            let named = |blocker: &Blocker| matches!(blocker, Blocker::ForeignMount { mount_point, .. } if mount_point.ends_with("data/disk"));
+            assert!(blockers.iter().any(named), "{blockers:?}");
+        }
+        other => panic!("{other}"),
+    }
+    agent.assert_running();
+    agent.count_on(last, 5).await;
+    agent.delete();
+});
+
+on_a_node!(an_unmounted_volume_is_named_before_anything_is_lost, async || {
+    fs::create_dir_all("/run/volumes/data").unwrap();
+    let change = |spec: &mut Value| volume(spec, "/run/volumes/data", "/var/run/data");
+    let mut agent = Agent::start(
+        "unmounted",
+        &Setup {
+            change: &change,
+            ..Setup::default()
+        },
+    );
+    let last = agent.count_on(0, 5).await;
+    // The container's own doing: the link on the way leads elsewhere now.
+    let link = agent.container.rootfs.join("var/run");
+    fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink("/tmp", &link).unwrap();
+    let error = agent.dump().await.unwrap_err();
+    let lost = matches!(&error, DumpError::Container(container::Error::MountLost(path)) if path.ends_with("run/data"));
+    assert!(lost, "{error}");
+    agent.assert_running();
+    agent.count_on(last, 5).await;
+    agent.delete();
+});
+
+on_a_node!(a_sandbox_s_namespaces_are_joined_again, async || {
+    let mut sandbox = Command::new("unshare")
+        .args([
+            "--net",
+            "--ipc",
+            "--uts",
+            "sh",
+            "-c",
+            "hostname sandbox-1; ip link set lo up; echo ready; exec sleep 1000",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Read::read_exact(sandbox.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
+    let holder = Pid::from_child(&sandbox);
+    let change = |spec: &mut Value| {
+        spec.as_object_mut().unwrap().remove("hostname");
+        for namespace in spec["linux"]["namespaces"].as_array_mut().unwrap() {
+            let link = match namespace["type"].as_str().unwrap() {
+                "network" => "net",
+                "ipc" => "ipc",
+                "uts" => "uts",
+                _ => continue,
+            };
+            namespace["path"] = json!(format!("/proc/{holder}/ns/{link}"));
+        }
+    };
+    let args = ["sh", "-c", "nc -l -p 8080 & exec sh -c \"$0\"", agent::COUNTER[2]];
+    let mut agent = Agent::start(
+        "member",
+        &Setup {
+            args: &args,
+            change: &change,
+            ..Setup::default()
+        },
+    );
+    let mut last = agent.count_on(0, 5).await;
+    for _ in 0..3 {
+        let dumped = agent.dump().await.unwrap();
+        assert!(dumped.network.is_none(), "the sandbox keeps it");
+        agent.restore().await.unwrap();
+        for name in ["net", "ipc", "uts"] {
+            let (ours, theirs) = (
+                procfs::namespace(agent.pid, name),
+                procfs::namespace(holder, name),
+            );
+            assert_eq!(ours.unwrap(), theirs.unwrap(), "{name}");
+        }
+        state_file::update(&agent.state_file(), agent.pid).unwrap();
+        assert_eq!(agent.exec(&["hostname"]), "sandbox-1\n");
+        assert!(
+            agent.exec(&["cat", "/proc/net/tcp6"]).contains(":1F90"),
+            "it listens no longer"
+        );
+        last = agent.count_on(last, 5).await;
+    }
+    agent.delete();
+    sandbox.kill().unwrap();
+    sandbox.wait().unwrap();
+});
+
+on_a_node!(a_dump_may_leave_the_agent_running, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    let options = DumpOptions {
+        leave_running: true,
+        ..DumpOptions::default()
+    };
+    let writer = agent.store.begin(NAMESPACE, "counter", None).unwrap();
+    let report = agent
+        .engine
+        .dump(&agent.container, agent.pid, &writer, &options, &mut NoHooks)
+        .await
+        .unwrap();
+    assert!(writer.is_complete());
+    agent.network = report.network;
+    agent.assert_running();
+    let later = agent.count_on(last, 20).await;
+    // The image is of the moment of the dump.
+    agent.container.cgroup.kill().unwrap();
+    reap(agent.pid);
+    agent
+        .container
+        .cgroup
+        .wait_unpopulated(Duration::from_secs(5))
+        .await
+        .unwrap();
+    while agent.count_to_end().await {}
+    agent.restore().await.unwrap();
+    let first: u64 = agent.line().await.parse().unwrap();
+    assert!(
+        first >= last && first < later,
+        "{first} is not between {last} and {later}"
+    );
+    agent.delete();
+});
+
+on_a_node!(a_full_disk_fails_the_dump_and_the_agent_runs_on, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    fs::create_dir("/run/small").unwrap();
+    let small = ["-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", "/run/small"];
+    assert!(Command::new("mount").args(small).status().unwrap().success());
+    agent.store = image::Store::open("/run/small").unwrap();
+    let error = agent.dump().await.unwrap_err();
+    match &error {
+        DumpError::Criu(Failure {
+            reason: Some(reason), ..
+        }) => assert_eq!(reason.cause, Cause::DiskFull, "{error}"),
+        DumpError::Image(image::Error::Full { .. }) => {}
+        other => panic!("{other}"),
+    }
+    agent.assert_running();
+    agent.count_on(last, 10).await;
+    assert_eq!(fs::read_dir("/run/small/test/counter").unwrap().count(), 0);
+    assert!(
+        Command::new("mount")
+            .args(["-o", "remount,ro", "/run/small"])
+            .status()
+            .unwrap()
+            .success()
+    );
+    let error = agent.store.begin(NAMESPACE, "counter", None).unwrap_err();
+    assert!(matches!(error, image::Error::ReadOnly(_)), "{error}");
+    agent.delete();
+});
+
+/// Notes the order of a restore, and refuses where it is told to.
+#[derive(Default)]
+struct Order {
+    created: Option<Pid>,
+    before_resume: Option<Pid>,
+    refuse: bool,
+}
+
+#[async_trait::async_trait]
+impl RestoreHooks for Order {
+    async fn created(&mut self, pid: Pid) -> Result<(), HookError> {
+        self.created = Some(pid);
+        Ok(())
+    }
+
+    async fn before_resume(&mut self, pid: Pid) -> Result<(), HookError> {
+        self.before_resume = Some(pid);
+        if self.refuse {
+            Err("not now".into())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+on_a_node!(
+    the_process_is_known_before_it_runs_and_a_restore_can_be_refused,
+    async || {
+        let mut agent = Agent::start("counter", &Setup::default());
+        let last = agent.count_on(0, 5).await;
+        agent.dump().await.unwrap();
+        let image = agent.image();
+        let options = agent.restore_options();
+        let mut hooks = Order {
+            refuse: true,
+            ..Order::default()
+        };
+        let restore = agent.engine.restore(
+            NAMESPACE,
+            &agent.container,
+            &image,
+            &options,
+            agent.inherit(&image),
+            &mut hooks,
+        );
+        let error = restore.await.unwrap_err();
+        assert!(error.to_string().contains("not now"), "{error}");
+        assert!(!agent.container.cgroup.populated().unwrap());
+        let mut hooks = Order::default();
+        let restore = agent.engine.restore(
+            NAMESPACE,
+            &agent.container,
+            &image,
+            &options,
+            agent.inherit(&image),
+            &mut hooks,
+        );
+        agent.pid = restore.await.unwrap().pid;
+        assert_eq!(
+            (hooks.created, hooks.before_resume),
+            (Some(agent.pid), Some(agent.pid))
+        );
+        agent.count_on(last, 10).await;
+        let again = agent
+            .engine
+            .restore(
+                NAMESPACE,
+                &agent.container,
+                &image,
+                &options,
+                Vec::new(),
+                &mut NoHooks,
+            )
+            .await;
+        assert!(matches!(again, Err(RestoreError::Running(_))));
+        agent.assert_running();
+        agent.delete();
+    }
+);
+
+on_a_node!(python_and_node_agents_keep_their_memory, async || {
+    let python = "import time, os\nballast = bytearray(os.urandom(1 << 20) * 64)\ncheck = sum(ballast[::4096])\ni = 0\nwhile True:\n    i += 1\n    assert sum(ballast[::4096]) == check\n    print(i, flush=True)\n    time.sleep(0.02)";
+    let node = "const http = require('http'); let i = 0; const s = http.createServer((q, r) => r.end(String(i))); s.listen(8080, () => setInterval(() => console.log(++i), 20))";
+    let agents: [(&str, [&str; 3]); 2] = [
+        ("python", ["python3", "-c", python]),
+        ("node", ["node", "-e", node]),
+    ];
+    // Left to itself, node may use io_uring, which cannot be dumped.
+    let change = |spec: &mut Value| {
+        spec["process"]["env"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!("UV_USE_IO_URING=0"));
+    };
+    // Left to itself, node may use io_uring, which cannot be dumped.
+    let change = |spec: &mut Value| {
+        spec["process"]["env"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!("UV_USE_IO_URING=0"));
+    };
+    for (id, args) in agents {
+        let setup = Setup {
+            args: &args,
+            change: &change,
+            whole_root: true,
+        };
+        let mut agent = Agent::start(id, &setup);
+        let mut last = agent.count_on(0, 5).await;
+        for _ in 0..5 {
+            let dumped = agent.dump().await.unwrap();
             let restored = agent.restore().await.unwrap();
             println!(
-                "cycle {cycle}: dump {:?} (stopped {:?}, {} bytes), restore {:?}",
-                dumped.total, dumped.stopped, dumped.image_bytes, restored.total
+                "{id}: {} MB, dump {:?}, restore {:?}",
+                dumped.image_bytes >> 20,
+                dumped.total,
+                restored.total
             );
-            agent.assert_running();
-            last = agent.count_on(last, 10).await;
+            agent.image().remove().unwrap();
+            last = agent.count_on(last, 5).await;
         }
         agent.delete();
-    });
-}
+    }
+});
+
+on_a_node!(
+    io_uring_fails_the_dump_by_name_and_the_agent_runs_on,
+    async || {
+        let node =
+            "let i = 0; require('fs').promises.stat('/').then(() => setInterval(() => console.log(++i), 20))";
+        let change = |spec: &mut Value| {
+            spec["process"]["env"]
+                .as_array_mut()
+                .unwrap()
+                .push(json!("UV_USE_IO_URING=1"));
+        };
+        let setup = Setup {
+            args: &["node", "-e", node],
+            change: &change,
+            whole_root: true,
+        };
+        let mut agent = Agent::start("uring", &setup);
+        let last = agent.count_on(0, 5).await;
+        let error = agent.dump().await.unwrap_err();
+        assert_eq!(cause(&error), Cause::IoUring, "{error}");
+        agent.assert_running();
+        agent.count_on(last, 10).await;
+        agent.delete();
+    }
+);

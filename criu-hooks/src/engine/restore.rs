@@ -26,6 +26,7 @@ use crate::{
         rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
     },
     image::{self, Expected, Image},
+    procfs,
     spawn::{ExitFuture, Spawner},
 };
 
@@ -183,7 +184,12 @@ impl Engine {
         match result {
             Ok((pid, console)) => {
                 attempt.failed = false;
-                Ok(Restored { pid, console, total: started.elapsed() })
+                attempt.root = None;
+                Ok(Restored {
+                    pid,
+                    console,
+                    total: started.elapsed(),
+                })
             }
             Err(error) => {
                 attempt.settle().await;
@@ -304,27 +310,39 @@ struct Attempt {
 impl Attempt {
     /// Kills CRIU and all that it has made. May be broken off and called again.
     async fn settle(&mut self) {
+        // What exists already must not run, not even while CRIU ends; and it is easier to count.
+        let _ = self.cgroup.freeze_now();
         if let Some(session) = self.session.take() {
             self.dying = session.kill();
         }
-        let killed = self.cgroup.kill();
         if let Some(dying) = self.dying.as_mut() {
             let _ = tokio::time::timeout(DEATH_TIMEOUT, dying).await;
             self.dying = None;
         }
-        // What CRIU had made in its last moment.
-        let killed = killed.and_then(|()| self.cgroup.kill());
-        if let Some(pid) = self.created.take() {
-            self.spawner.adopt(pid);
-        }
-        let gone = match killed {
+        self.adopt();
+        let gone = match self.cgroup.kill() {
             Ok(()) => self.cgroup.wait_unpopulated(DEATH_TIMEOUT).await,
             Err(error) => Err(error),
         };
         if let Err(error) = gone {
             tracing::error!(%error, "what a failed restore had made cannot be killed");
         }
+        let _ = self.cgroup.thaw_now();
+        self.root = None;
         self.failed = false;
+    }
+
+    /// Has the first process reaped when it ends, known or not: CRIU makes it a child of this process.
+    fn adopt(&mut self) {
+        let me = rustix::process::getpid().as_raw_nonzero().get();
+        let mut ours = self.cgroup.own_procs().unwrap_or_default();
+        ours.retain(|pid| procfs::stat(*pid).is_ok_and(|stat| stat.ppid == me));
+        if let Some(created) = self.created.take().filter(|created| !ours.contains(created)) {
+            ours.push(created);
+        }
+        for pid in ours {
+            self.spawner.adopt(pid);
+        }
     }
 }
 
@@ -333,22 +351,25 @@ impl Drop for Attempt {
         if !self.failed {
             return;
         }
+        let _ = self.cgroup.freeze_now();
         self.dying = self.session.take().and_then(Session::kill);
-        let _ = self.cgroup.kill();
         let runtime = tokio::runtime::Handle::try_current();
-        if let (Ok(runtime), false) = (runtime, self.in_background) {
-            let mut rest = Attempt {
-                cgroup: self.cgroup.clone(),
-                spawner: Arc::clone(&self.spawner),
-                root: self.root.take(),
-                session: None,
-                dying: self.dying.take(),
-                created: self.created.take(),
-                failed: true,
-                in_background: true,
-            };
-            runtime.spawn(async move { rest.settle().await });
-        }
+        let (Ok(runtime), false) = (runtime, self.in_background) else {
+            let _ = self.cgroup.kill();
+            let _ = self.cgroup.thaw_now();
+            return;
+        };
+        let mut rest = Attempt {
+            cgroup: self.cgroup.clone(),
+            spawner: Arc::clone(&self.spawner),
+            root: self.root.take(),
+            session: None,
+            dying: self.dying.take(),
+            created: self.created.take(),
+            failed: true,
+            in_background: true,
+        };
+        runtime.spawn(async move { rest.settle().await });
     }
 }
 

@@ -33,7 +33,6 @@ const RUNC: &str = "/usr/sbin/runc";
 
 pub struct Agent {
     pub id: String,
-    pub bundle: PathBuf,
     pub pid: Pid,
     pub container: Container,
     pub store: Store,
@@ -82,19 +81,22 @@ impl Agent {
             .stderr(stdio())
             .status()
             .unwrap();
-        assert!(status.success(), "runc run: {status}: {}", drain(&mut fs::File::from(read)));
-        Agent::adopt(id, bundle, (read.into(), write))
+        assert!(
+            status.success(),
+            "runc run: {status}: {}",
+            drain(&mut fs::File::from(read))
+        );
+        Agent::adopt(id, &bundle, (read.into(), write))
     }
 
     /// A container that runc has started.
-    fn adopt(id: &str, bundle: PathBuf, output: (fs::File, OwnedFd)) -> Agent {
+    fn adopt(id: &str, bundle: &Path, output: (fs::File, OwnedFd)) -> Agent {
         let pid: i32 = fs::read_to_string("/run/pid").unwrap().trim().parse().unwrap();
         let pid = Pid::from_raw(pid).unwrap();
         let cgroup = Cgroup::of_pid(pid).unwrap();
-        let container = Container::load(id, &bundle, cgroup).unwrap();
+        let container = Container::load(id, bundle, cgroup).unwrap();
         Agent {
             id: id.to_owned(),
-            bundle,
             pid,
             container,
             store: Store::open("/run/images").unwrap(),
@@ -120,11 +122,6 @@ impl Agent {
         }
     }
 
-    /// Reads lines until `wanted` is one.
-    pub async fn wait_for(&mut self, wanted: &str) {
-        while self.line().await != wanted {}
-    }
-
     /// Reads `lines` numbers that must follow `last` one by one.
     pub async fn count_on(&mut self, mut last: u64, lines: usize) -> u64 {
         for _ in 0..lines {
@@ -133,6 +130,15 @@ impl Agent {
             last += 1;
         }
         last
+    }
+
+    /// Drops one line that is there already; false when there is none.
+    pub async fn count_to_end(&mut self) -> bool {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let read = drain(&mut self.output.0);
+        let more = !read.is_empty() || !self.seen.is_empty();
+        self.seen.clear();
+        more
     }
 
     pub async fn dump(&mut self) -> Result<DumpReport, DumpError> {
@@ -245,7 +251,11 @@ fn make_bundle(id: &str, bundle: &Path, setup: &Setup<'_>) {
     symlink("../run", base.join("lower/var-run")).unwrap();
     fs::create_dir(base.join("lower/var")).unwrap();
     symlink("../run", base.join("lower/var/run")).unwrap();
-    let lower = if setup.whole_root { PathBuf::from("/") } else { base.join("lower") };
+    let lower = if setup.whole_root {
+        PathBuf::from("/run/rootfs")
+    } else {
+        base.join("lower")
+    };
     let options = format!(
         "lowerdir={},upperdir={base}/upper,workdir={base}/work",
         lower.display(),
@@ -292,7 +302,7 @@ pub fn start_with_terminal(id: &str, args: &[&str]) -> (Agent, OwnedFd) {
     let master = receive_descriptor(&connection);
     assert!(runc.wait().unwrap().success());
     let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-    (Agent::adopt(id, bundle, (read.into(), write)), master)
+    (Agent::adopt(id, &bundle, (read.into(), write)), master)
 }
 
 fn receive_descriptor(connection: impl AsFd) -> OwnedFd {
@@ -320,11 +330,23 @@ pub struct Census {
 }
 
 impl Census {
+    /// As [`Census::take`], after the children that a killed CRIU left to the first process of this node are reaped.
+    pub fn take_as_init() -> Census {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        while matches!(waitid(WaitId::All, options), Ok(Some(_))) {}
+        Census::take()
+    }
+
     pub fn take() -> Census {
         let mut processes: Vec<String> = fs::read_dir("/proc")
             .unwrap()
             .flatten()
             .filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?))
+            // The containers' own come and go.
+            .filter(|pid| {
+                !fs::read_to_string(format!("/proc/{pid}/cgroup"))
+                    .is_ok_and(|path| path.contains("/containers/"))
+            })
             .filter_map(|pid| Some(procfs::stat(pid).ok()?.comm))
             .collect();
         processes.sort();

@@ -32,6 +32,9 @@ mount -t tmpfs tmpfs tmp
 ip link set lo up
 touch run/test-binary
 mount --bind "$binary" run/test-binary
+mkdir run/rootfs
+mount --bind "$rootfs" run/rootfs
+mount -o remount,bind,ro run/rootfs
 mkdir run/old
 pivot_root . run/old
 umount -l /run/old
