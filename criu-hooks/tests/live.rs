@@ -74,16 +74,8 @@ on_a_node!(runc_works_on_a_restored_container, async || {
         assert_eq!(agent.exec(&["cat", "/proc/1/cgroup"]), own_cgroup);
         assert!(agent.exec(&["ps"]).contains("i=$((i+1))"));
         let runc = |args: &[&str]| {
-            let output = Command::new("/usr/sbin/runc")
-                .args(args)
-                .arg("counter")
-                .output()
-                .unwrap();
-            assert!(
-                output.status.success(),
-                "{args:?}: {}",
-                String::from_utf8_lossy(&output.stderr)
-            );
+            let output = Command::new("/usr/sbin/runc").args(args).arg("counter").output().unwrap();
+            assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
             String::from_utf8(output.stdout).unwrap()
         };
         let state: Value = serde_json::from_str(&runc(&["state"])).unwrap();
@@ -94,19 +86,10 @@ on_a_node!(runc_works_on_a_restored_container, async || {
         runc(&["resume"]);
         agent.line().await;
     }
-    let killed = Command::new("/usr/sbin/runc")
-        .args(["kill", "counter", "KILL"])
-        .status()
-        .unwrap();
+    let killed = Command::new("/usr/sbin/runc").args(["kill", "counter", "KILL"]).status().unwrap();
     assert!(killed.success());
     reap(agent.pid);
-    assert!(
-        Command::new("/usr/sbin/runc")
-            .args(["delete", "counter"])
-            .status()
-            .unwrap()
-            .success()
-    );
+    assert!(Command::new("/usr/sbin/runc").args(["delete", "counter"]).status().unwrap().success());
     assert!(!agent.container.cgroup.path().exists());
 });
 
@@ -129,12 +112,7 @@ async fn read_until(master: &OwnedFd, wanted: &str) -> String {
 on_a_node!(a_terminal_and_its_shell_survive, async || {
     let (mut agent, mut master) = start_with_terminal("shell", &["sh"]);
     assert!(agent.container.has_terminal);
-    let size = rustix::termios::Winsize {
-        ws_row: 33,
-        ws_col: 99,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let size = rustix::termios::Winsize { ws_row: 33, ws_col: 99, ws_xpixel: 0, ws_ypixel: 0 };
     rustix::termios::tcsetwinsize(&master, size).unwrap();
     rustix::io::ioctl_fionbio(&master, true).unwrap();
     rustix::io::write(&master, b"remembered=42; echo set-$remembered\n").unwrap();
@@ -166,11 +144,8 @@ on_a_node!(a_veto_before_the_kill_lets_the_agent_run_on, async || {
     let last = agent.count_on(0, 5).await;
     let writer = agent.store.begin(NAMESPACE, "counter", None).unwrap();
     let options = DumpOptions::default();
-    let error = agent
-        .engine
-        .dump(&agent.container, agent.pid, &writer, &options, &mut Veto)
-        .await
-        .unwrap_err();
+    let error =
+        agent.engine.dump(&agent.container, agent.pid, &writer, &options, &mut Veto).await.unwrap_err();
     assert!(matches!(error, DumpError::Vetoed(_)), "{error}");
     assert!(error.to_string().contains("somebody wants the agent"), "{error}");
     drop(writer);
@@ -187,149 +162,95 @@ on_a_node!(a_veto_before_the_kill_lets_the_agent_run_on, async || {
 /// The cause of a dump that CRIU gave up.
 fn cause(error: &DumpError) -> Cause {
     match error {
-        DumpError::Criu(Failure {
-            reason: Some(reason), ..
-        }) => reason.cause,
+        DumpError::Criu(Failure { reason: Some(reason), .. }) => reason.cause,
         other => panic!("{other}"),
     }
 }
 
-on_a_node!(
-    a_dump_that_fails_gives_the_reason_and_the_agent_runs_on,
-    async || {
-        let watching = [
-            "sh",
-            "-c",
-            "tail -f /etc/hostname & exec sh -c \"$0\"",
-            agent::COUNTER[2],
-        ];
-        let mut agent = Agent::start(
-            "watching",
-            &Setup {
-                args: &watching,
-                whole_root: true,
-                ..Setup::default()
-            },
-        );
-        let last = agent.count_on(0, 5).await;
-        let error = agent.dump().await.unwrap_err();
-        assert_eq!(cause(&error), Cause::FileWatch, "{error}");
-        assert!(error.to_string().contains("shallower depth"), "{error}");
-        agent.assert_running();
-        agent.count_on(last, 10).await;
-        assert!(agent.store.latest(NAMESPACE, "watching").unwrap().is_none());
-        agent.delete();
+on_a_node!(a_dump_that_fails_gives_the_reason_and_the_agent_runs_on, async || {
+    let watching = ["sh", "-c", "tail -f /etc/hostname & exec sh -c \"$0\"", agent::COUNTER[2]];
+    let mut agent =
+        Agent::start("watching", &Setup { args: &watching, whole_root: true, ..Setup::default() });
+    let last = agent.count_on(0, 5).await;
+    let error = agent.dump().await.unwrap_err();
+    assert_eq!(cause(&error), Cause::FileWatch, "{error}");
+    assert!(error.to_string().contains("shallower depth"), "{error}");
+    agent.assert_running();
+    agent.count_on(last, 10).await;
+    assert!(agent.store.latest(NAMESPACE, "watching").unwrap().is_none());
+    agent.delete();
 
-        let locking = [
-            "sh",
-            "-c",
-            "flock /tmp/lock sleep 1000 & exec sh -c \"$0\"",
-            agent::COUNTER[2],
-        ];
-        let mut agent = Agent::start(
-            "locking",
-            &Setup {
-                args: &locking,
-                ..Setup::default()
-            },
-        );
-        let last = agent.count_on(0, 5).await;
-        let without = DumpOptions {
-            file_locks: false,
-            ..DumpOptions::default()
-        };
-        let error = agent.dump_with(&without).await.unwrap_err();
-        assert_eq!(cause(&error), Cause::FileLock, "{error}");
-        agent.assert_running();
-        let last = agent.count_on(last, 10).await;
-        agent.dump().await.unwrap();
-        agent.restore().await.unwrap();
-        agent.count_on(last, 10).await;
-        agent.delete();
-    }
-);
+    let locking = ["sh", "-c", "flock /tmp/lock sleep 1000 & exec sh -c \"$0\"", agent::COUNTER[2]];
+    let mut agent = Agent::start("locking", &Setup { args: &locking, ..Setup::default() });
+    let last = agent.count_on(0, 5).await;
+    let without = DumpOptions { file_locks: false, ..DumpOptions::default() };
+    let error = agent.dump_with(&without).await.unwrap_err();
+    assert_eq!(cause(&error), Cause::FileLock, "{error}");
+    agent.assert_running();
+    let last = agent.count_on(last, 10).await;
+    agent.dump().await.unwrap();
+    agent.restore().await.unwrap();
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
 
-on_a_node!(
-    every_file_truncated_fails_the_restore_and_keeps_the_image,
-    async || {
-        let mut agent = Agent::start("counter", &Setup::default());
-        let last = agent.count_on(0, 5).await;
-        agent.dump().await.unwrap();
-        let image = agent.image();
-        let names: Vec<_> = image
-            .manifest()
-            .files
-            .iter()
-            .map(|file| (file.name.clone(), file.size))
-            .collect();
-        assert!(names.len() > 20, "{names:?}");
-        for (name, size) in names.iter().filter(|(_, size)| *size > 0) {
-            let path = image.path().join("img").join(name);
-            let whole = fs::read(&path).unwrap();
-            fs::write(&path, &whole[..whole.len() / 2]).unwrap();
-            let error = agent.restore().await.unwrap_err();
-            match error {
-                RestoreError::Image(image::Error::Truncated { file, expected, .. }) => {
-                    assert_eq!((&file, expected), (name, *size));
-                }
-                other => panic!("{name}: {other}"),
+on_a_node!(every_file_truncated_fails_the_restore_and_keeps_the_image, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    agent.dump().await.unwrap();
+    let image = agent.image();
+    let names: Vec<_> = image.manifest().files.iter().map(|file| (file.name.clone(), file.size)).collect();
+    assert!(names.len() > 20, "{names:?}");
+    for (name, size) in names.iter().filter(|(_, size)| *size > 0) {
+        let path = image.path().join("img").join(name);
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+        let error = agent.restore().await.unwrap_err();
+        match error {
+            RestoreError::Image(image::Error::Truncated { file, expected, .. }) => {
+                assert_eq!((&file, expected), (name, *size));
             }
-            assert!(!agent.container.cgroup.populated().unwrap());
-            fs::write(&path, whole).unwrap();
+            other => panic!("{name}: {other}"),
         }
-        let manifest = image.path().join("manifest.json");
-        let whole = fs::read(&manifest).unwrap();
-        fs::write(&manifest, &whole[..whole.len() / 2]).unwrap();
-        let error = agent.store.latest(NAMESPACE, "counter").unwrap_err();
-        assert!(matches!(error, image::Error::ManifestInvalid { .. }), "{error}");
-        fs::write(&manifest, whole).unwrap();
-        agent.restore().await.unwrap();
-        agent.count_on(last, 10).await;
-        agent.delete();
+        assert!(!agent.container.cgroup.populated().unwrap());
+        fs::write(&path, whole).unwrap();
     }
-);
+    let manifest = image.path().join("manifest.json");
+    let whole = fs::read(&manifest).unwrap();
+    fs::write(&manifest, &whole[..whole.len() / 2]).unwrap();
+    let error = agent.store.latest(NAMESPACE, "counter").unwrap_err();
+    assert!(matches!(error, image::Error::ManifestInvalid { .. }), "{error}");
+    fs::write(&manifest, whole).unwrap();
+    agent.restore().await.unwrap();
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
 
-on_a_node!(
-    a_restore_that_criu_fails_leaves_nothing_and_can_be_tried_again,
-    async || {
-        let args = [
-            "sh",
-            "-c",
-            "echo kept > /tmp/file; exec 5</tmp/file; exec sh -c \"$0\"",
-            agent::COUNTER[2],
-        ];
-        let mut agent = Agent::start(
-            "reader",
-            &Setup {
-                args: &args,
-                ..Setup::default()
-            },
-        );
-        let last = agent.count_on(0, 5).await;
-        agent.dump().await.unwrap();
-        let before = Census::take();
-        let file = agent.container.rootfs.join("tmp/file");
-        fs::rename(&file, file.with_extension("away")).unwrap();
-        for _ in 0..3 {
-            let error = agent.restore().await.unwrap_err();
-            match &error {
-                RestoreError::Criu(Failure {
-                    reason: Some(reason), ..
-                }) => {
-                    assert_eq!(reason.cause, Cause::FileChanged, "{error}");
-                }
-                other => panic!("{other}"),
+on_a_node!(a_restore_that_criu_fails_leaves_nothing_and_can_be_tried_again, async || {
+    let args = ["sh", "-c", "echo kept > /tmp/file; exec 5</tmp/file; exec sh -c \"$0\"", agent::COUNTER[2]];
+    let mut agent = Agent::start("reader", &Setup { args: &args, ..Setup::default() });
+    let last = agent.count_on(0, 5).await;
+    agent.dump().await.unwrap();
+    let before = Census::take();
+    let file = agent.container.rootfs.join("tmp/file");
+    fs::rename(&file, file.with_extension("away")).unwrap();
+    for _ in 0..3 {
+        let error = agent.restore().await.unwrap_err();
+        match &error {
+            RestoreError::Criu(Failure { reason: Some(reason), .. }) => {
+                assert_eq!(reason.cause, Cause::FileChanged, "{error}");
             }
-            assert!(!agent.container.cgroup.populated().unwrap());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            assert_eq!(Census::take(), before);
+            other => panic!("{other}"),
         }
-        fs::rename(file.with_extension("away"), &file).unwrap();
-        agent.restore().await.unwrap();
-        agent.count_on(last, 10).await;
-        agent.delete();
+        assert!(!agent.container.cgroup.populated().unwrap());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(Census::take(), before);
     }
-);
+    fs::rename(file.with_extension("away"), &file).unwrap();
+    agent.restore().await.unwrap();
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
 
 /// Kills each CRIU that it starts, after a while.
 struct Killer(Duration);
@@ -350,111 +271,90 @@ impl Spawner for Killer {
     }
 }
 
-on_a_node!(
-    criu_killed_in_the_middle_of_a_dump_leaves_the_agent_running,
-    async || {
-        let mut agent = Agent::start("counter", &Setup::default());
-        let mut last = agent.count_on(0, 5).await;
-        let mut broken_off = 0;
-        for after in (0..60).step_by(3) {
-            let engine = Engine::new(
-                "/usr/sbin/criu",
-                std::sync::Arc::new(Killer(Duration::from_millis(after))),
-            );
-            let kept = std::mem::replace(&mut agent.engine, engine);
-            let result = agent.dump().await;
-            agent.engine = kept;
-            match result {
-                Err(error) => {
-                    broken_off += 1;
-                    assert!(matches!(error, DumpError::Criu(_)), "after {after} ms: {error}");
-                    assert!(agent.store.latest(NAMESPACE, "counter").unwrap().is_none());
-                }
-                // It was done by then, or so far that the image had become the agent.
-                Ok(_) => {
-                    agent.restore().await.unwrap();
-                    agent.image().remove().unwrap();
-                }
+on_a_node!(criu_killed_in_the_middle_of_a_dump_leaves_the_agent_running, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let mut last = agent.count_on(0, 5).await;
+    let mut broken_off = 0;
+    for after in (0..60).step_by(3) {
+        let engine = Engine::new("/usr/sbin/criu", std::sync::Arc::new(Killer(Duration::from_millis(after))));
+        let kept = std::mem::replace(&mut agent.engine, engine);
+        let result = agent.dump().await;
+        agent.engine = kept;
+        match result {
+            Err(error) => {
+                broken_off += 1;
+                assert!(matches!(error, DumpError::Criu(_)), "after {after} ms: {error}");
+                assert!(agent.store.latest(NAMESPACE, "counter").unwrap().is_none());
             }
-            agent.assert_running();
-            last = agent.count_on(last, 4).await;
-        }
-        assert!(broken_off >= 5, "only {broken_off} dumps were broken off");
-        agent.delete();
-    }
-);
-
-on_a_node!(
-    criu_killed_in_the_middle_of_a_restore_leaves_nothing,
-    async || {
-        let mut agent = Agent::start("counter", &Setup::default());
-        let last = agent.count_on(0, 5).await;
-        agent.dump().await.unwrap();
-        let before = Census::take();
-        let mut broken_off = 0;
-        for after in (0..30).step_by(2) {
-            let engine = Engine::new(
-                "/usr/sbin/criu",
-                std::sync::Arc::new(Killer(Duration::from_millis(after))),
-            );
-            let kept = std::mem::replace(&mut agent.engine, engine);
-            let result = agent.restore().await;
-            agent.engine = kept;
-            let Err(error) = result else { break };
-            broken_off += 1;
-            assert!(
-                matches!(error, RestoreError::Criu(_)),
-                "after {after} ms: {error}"
-            );
-            assert!(!agent.container.cgroup.populated().unwrap());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            assert_eq!(Census::take_as_init(), before, "after {after} ms");
-        }
-        assert!(broken_off >= 3, "only {broken_off} restores were broken off");
-        if !procfs::alive(agent.pid) {
-            agent.restore().await.unwrap();
-        }
-        agent.count_on(last, 10).await;
-        agent.delete();
-    }
-);
-
-on_a_node!(
-    a_dump_given_up_at_any_moment_leaves_the_agent_running_or_whole_on_disk,
-    async || {
-        let mut agent = Agent::start("counter", &Setup::default());
-        let mut last = agent.count_on(0, 5).await;
-        let mut given_up = 0;
-        for after in (0..70).step_by(3) {
-            let cut = tokio::time::timeout(Duration::from_millis(after), agent.dump()).await;
-            given_up += usize::from(cut.is_err());
-            // What goes on in the background is bounded, and short.
-            tokio::time::sleep(Duration::from_millis(150)).await;
-            if agent.container.cgroup.populated().unwrap() {
-                assert!(
-                    agent.store.latest(NAMESPACE, "counter").unwrap().is_none(),
-                    "after {after} ms"
-                );
-            } else {
-                if cut.is_err() {
-                    reap(agent.pid);
-                }
-                // The network namespace of this one is the container's own and went with it.
-                let options = agent.restore_options();
-                if options.network.is_none() || cut.is_err() {
-                    println!("the kill had begun after {after} ms");
-                    break;
-                }
+            // It was done by then, or so far that the image had become the agent.
+            Ok(_) => {
                 agent.restore().await.unwrap();
                 agent.image().remove().unwrap();
             }
-            agent.assert_running();
-            last = agent.count_on(last, 4).await;
         }
-        assert!(given_up >= 5, "only {given_up} dumps were given up");
-        agent.delete();
+        agent.assert_running();
+        last = agent.count_on(last, 4).await;
     }
-);
+    assert!(broken_off >= 5, "only {broken_off} dumps were broken off");
+    agent.delete();
+});
+
+on_a_node!(criu_killed_in_the_middle_of_a_restore_leaves_nothing, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    agent.dump().await.unwrap();
+    let before = Census::take();
+    let mut broken_off = 0;
+    for after in (0..30).step_by(2) {
+        let engine = Engine::new("/usr/sbin/criu", std::sync::Arc::new(Killer(Duration::from_millis(after))));
+        let kept = std::mem::replace(&mut agent.engine, engine);
+        let result = agent.restore().await;
+        agent.engine = kept;
+        let Err(error) = result else { break };
+        broken_off += 1;
+        assert!(matches!(error, RestoreError::Criu(_)), "after {after} ms: {error}");
+        assert!(!agent.container.cgroup.populated().unwrap());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(Census::take_as_init(), before, "after {after} ms");
+    }
+    assert!(broken_off >= 3, "only {broken_off} restores were broken off");
+    if !procfs::alive(agent.pid) {
+        agent.restore().await.unwrap();
+    }
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
+
+on_a_node!(a_dump_given_up_at_any_moment_leaves_the_agent_running_or_whole_on_disk, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let mut last = agent.count_on(0, 5).await;
+    let mut given_up = 0;
+    for after in (0..70).step_by(3) {
+        let cut = tokio::time::timeout(Duration::from_millis(after), agent.dump()).await;
+        given_up += usize::from(cut.is_err());
+        // What goes on in the background is bounded, and short.
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        if agent.container.cgroup.populated().unwrap() {
+            assert!(agent.store.latest(NAMESPACE, "counter").unwrap().is_none(), "after {after} ms");
+        } else {
+            if cut.is_err() {
+                reap(agent.pid);
+            }
+            // The network namespace of this one is the container's own and went with it.
+            let options = agent.restore_options();
+            if options.network.is_none() || cut.is_err() {
+                println!("the kill had begun after {after} ms");
+                break;
+            }
+            agent.restore().await.unwrap();
+            agent.image().remove().unwrap();
+        }
+        agent.assert_running();
+        last = agent.count_on(last, 4).await;
+    }
+    assert!(given_up >= 5, "only {given_up} dumps were given up");
+    agent.delete();
+});
 
 on_a_node!(a_restore_given_up_at_any_moment_leaves_nothing, async || {
     let mut agent = Agent::start("counter", &Setup::default());
@@ -463,10 +363,7 @@ on_a_node!(a_restore_given_up_at_any_moment_leaves_nothing, async || {
     let before = Census::take();
     let mut given_up = 0;
     for after in (0..40).step_by(2) {
-        if tokio::time::timeout(Duration::from_millis(after), agent.restore())
-            .await
-            .is_ok()
-        {
+        if tokio::time::timeout(Duration::from_millis(after), agent.restore()).await.is_ok() {
             break;
         }
         given_up += 1;
@@ -523,10 +420,7 @@ on_a_node!(an_exec_or_a_debugger_stops_a_dump_before_it_begins, async || {
     }
     tokio::time::sleep(Duration::from_millis(200)).await;
     let found = blockers(agent.dump().await.unwrap_err());
-    assert!(
-        matches!(&found[..], [Blocker::Exec { comm, .. }] if comm == "sleep"),
-        "{found:?}"
-    );
+    assert!(matches!(&found[..], [Blocker::Exec { comm, .. }] if comm == "sleep"), "{found:?}");
     agent.assert_running();
     assert!(
         Command::new("/usr/sbin/runc")
@@ -558,10 +452,7 @@ on_a_node!(an_exec_or_a_debugger_stops_a_dump_before_it_begins, async || {
         .unwrap();
     std::io::Read::read_exact(tracer.stdout.as_mut().unwrap(), &mut [0; 6]).unwrap();
     let found = blockers(agent.dump().await.unwrap_err());
-    assert!(
-        matches!(&found[..], [Blocker::Traced { pid, .. }] if *pid == agent.pid),
-        "{found:?}"
-    );
+    assert!(matches!(&found[..], [Blocker::Traced { pid, .. }] if *pid == agent.pid), "{found:?}");
     tracer.kill().unwrap();
     tracer.wait().unwrap();
     agent.assert_running();
@@ -576,12 +467,9 @@ fn volume(spec: &mut Value, source: &str, target: &str) {
 }
 
 on_a_node!(volumes_come_back_where_they_were, async || {
-    for (name, contents) in [
-        ("first", "hidden"),
-        ("second", "volume"),
-        ("inner", "inside"),
-        ("token", "secret"),
-    ] {
+    for (name, contents) in
+        [("first", "hidden"), ("second", "volume"), ("inner", "inside"), ("token", "secret")]
+    {
         fs::create_dir_all(format!("/run/volumes/{name}/sub")).unwrap();
         fs::write(format!("/run/volumes/{name}/file"), contents).unwrap();
     }
@@ -599,14 +487,7 @@ on_a_node!(volumes_come_back_where_they_were, async || {
         "exec 5</data/file 6>>/data/sub/log; cd /var/run/secrets/token; exec sh -c \"$0\"",
         agent::COUNTER[2],
     ];
-    let mut agent = Agent::start(
-        "volumes",
-        &Setup {
-            args: &args,
-            change: &change,
-            ..Setup::default()
-        },
-    );
+    let mut agent = Agent::start("volumes", &Setup { args: &args, change: &change, ..Setup::default() });
     let mut last = agent.count_on(0, 5).await;
     let check = |agent: &Agent| {
         let shown = agent.exec(&["sh", "-c", "cat /data/file /data/sub/file /run/secrets/token/file /etc/single; ls /proc/keys; cat /proc/keys"]);
@@ -638,13 +519,7 @@ on_a_node!(a_mount_that_the_specification_does_not_name_blocks, async || {
     fs::create_dir_all("/run/volumes/outer/disk").unwrap();
     let ramfs = ["-t", "ramfs", "ramfs", "/run/volumes/outer/disk"];
     assert!(Command::new("mount").args(ramfs).status().unwrap().success());
-    let mut agent = Agent::start(
-        "mounts",
-        &Setup {
-            change: &change,
-            ..Setup::default()
-        },
-    );
+    let mut agent = Agent::start("mounts", &Setup { change: &change, ..Setup::default() });
     let last = agent.count_on(0, 5).await;
     match agent.dump().await.unwrap_err() {
         DumpError::Blocked(blockers) => {
@@ -661,13 +536,7 @@ on_a_node!(a_mount_that_the_specification_does_not_name_blocks, async || {
 on_a_node!(an_unmounted_volume_is_named_before_anything_is_lost, async || {
     fs::create_dir_all("/run/volumes/data").unwrap();
     let change = |spec: &mut Value| volume(spec, "/run/volumes/data", "/var/run/data");
-    let mut agent = Agent::start(
-        "unmounted",
-        &Setup {
-            change: &change,
-            ..Setup::default()
-        },
-    );
+    let mut agent = Agent::start("unmounted", &Setup { change: &change, ..Setup::default() });
     let last = agent.count_on(0, 5).await;
     // The container's own doing: the link on the way leads elsewhere now.
     let link = agent.container.rootfs.join("var/run");
@@ -709,32 +578,19 @@ on_a_node!(a_sandbox_s_namespaces_are_joined_again, async || {
         }
     };
     let args = ["sh", "-c", "nc -l -p 8080 & exec sh -c \"$0\"", agent::COUNTER[2]];
-    let mut agent = Agent::start(
-        "member",
-        &Setup {
-            args: &args,
-            change: &change,
-            ..Setup::default()
-        },
-    );
+    let mut agent = Agent::start("member", &Setup { args: &args, change: &change, ..Setup::default() });
     let mut last = agent.count_on(0, 5).await;
     for _ in 0..3 {
         let dumped = agent.dump().await.unwrap();
         assert!(dumped.network.is_none(), "the sandbox keeps it");
         agent.restore().await.unwrap();
         for name in ["net", "ipc", "uts"] {
-            let (ours, theirs) = (
-                procfs::namespace(agent.pid, name),
-                procfs::namespace(holder, name),
-            );
+            let (ours, theirs) = (procfs::namespace(agent.pid, name), procfs::namespace(holder, name));
             assert_eq!(ours.unwrap(), theirs.unwrap(), "{name}");
         }
         state_file::update(&agent.state_file(), agent.pid).unwrap();
         assert_eq!(agent.exec(&["hostname"]), "sandbox-1\n");
-        assert!(
-            agent.exec(&["cat", "/proc/net/tcp6"]).contains(":1F90"),
-            "it listens no longer"
-        );
+        assert!(agent.exec(&["cat", "/proc/net/tcp6"]).contains(":1F90"), "it listens no longer");
         last = agent.count_on(last, 5).await;
     }
     agent.delete();
@@ -745,16 +601,10 @@ on_a_node!(a_sandbox_s_namespaces_are_joined_again, async || {
 on_a_node!(a_dump_may_leave_the_agent_running, async || {
     let mut agent = Agent::start("counter", &Setup::default());
     let last = agent.count_on(0, 5).await;
-    let options = DumpOptions {
-        leave_running: true,
-        ..DumpOptions::default()
-    };
+    let options = DumpOptions { leave_running: true, ..DumpOptions::default() };
     let writer = agent.store.begin(NAMESPACE, "counter", None).unwrap();
-    let report = agent
-        .engine
-        .dump(&agent.container, agent.pid, &writer, &options, &mut NoHooks)
-        .await
-        .unwrap();
+    let report =
+        agent.engine.dump(&agent.container, agent.pid, &writer, &options, &mut NoHooks).await.unwrap();
     assert!(writer.is_complete());
     agent.network = report.network;
     agent.assert_running();
@@ -762,19 +612,11 @@ on_a_node!(a_dump_may_leave_the_agent_running, async || {
     // The image is of the moment of the dump.
     agent.container.cgroup.kill().unwrap();
     reap(agent.pid);
-    agent
-        .container
-        .cgroup
-        .wait_unpopulated(Duration::from_secs(5))
-        .await
-        .unwrap();
+    agent.container.cgroup.wait_unpopulated(Duration::from_secs(5)).await.unwrap();
     while agent.count_to_end().await {}
     agent.restore().await.unwrap();
     let first: u64 = agent.line().await.parse().unwrap();
-    assert!(
-        first >= last && first < later,
-        "{first} is not between {last} and {later}"
-    );
+    assert!(first >= last && first < later, "{first} is not between {last} and {later}");
     agent.delete();
 });
 
@@ -787,22 +629,16 @@ on_a_node!(a_full_disk_fails_the_dump_and_the_agent_runs_on, async || {
     agent.store = image::Store::open("/run/small").unwrap();
     let error = agent.dump().await.unwrap_err();
     match &error {
-        DumpError::Criu(Failure {
-            reason: Some(reason), ..
-        }) => assert_eq!(reason.cause, Cause::DiskFull, "{error}"),
+        DumpError::Criu(Failure { reason: Some(reason), .. }) => {
+            assert_eq!(reason.cause, Cause::DiskFull, "{error}")
+        }
         DumpError::Image(image::Error::Full { .. }) => {}
         other => panic!("{other}"),
     }
     agent.assert_running();
     agent.count_on(last, 10).await;
     assert_eq!(fs::read_dir("/run/small/test/counter").unwrap().count(), 0);
-    assert!(
-        Command::new("mount")
-            .args(["-o", "remount,ro", "/run/small"])
-            .status()
-            .unwrap()
-            .success()
-    );
+    assert!(Command::new("mount").args(["-o", "remount,ro", "/run/small"]).status().unwrap().success());
     let error = agent.store.begin(NAMESPACE, "counter", None).unwrap_err();
     assert!(matches!(error, image::Error::ReadOnly(_)), "{error}");
     agent.delete();
@@ -825,96 +661,62 @@ impl RestoreHooks for Order {
 
     async fn before_resume(&mut self, pid: Pid) -> Result<(), HookError> {
         self.before_resume = Some(pid);
-        if self.refuse {
-            Err("not now".into())
-        } else {
-            Ok(())
-        }
+        if self.refuse { Err("not now".into()) } else { Ok(()) }
     }
 }
 
-on_a_node!(
-    the_process_is_known_before_it_runs_and_a_restore_can_be_refused,
-    async || {
-        let mut agent = Agent::start("counter", &Setup::default());
-        let last = agent.count_on(0, 5).await;
-        agent.dump().await.unwrap();
-        let image = agent.image();
-        let options = agent.restore_options();
-        let mut hooks = Order {
-            refuse: true,
-            ..Order::default()
-        };
-        let restore = agent.engine.restore(
-            NAMESPACE,
-            &agent.container,
-            &image,
-            &options,
-            agent.inherit(&image),
-            &mut hooks,
-        );
-        let error = restore.await.unwrap_err();
-        assert!(error.to_string().contains("not now"), "{error}");
-        assert!(!agent.container.cgroup.populated().unwrap());
-        let mut hooks = Order::default();
-        let restore = agent.engine.restore(
-            NAMESPACE,
-            &agent.container,
-            &image,
-            &options,
-            agent.inherit(&image),
-            &mut hooks,
-        );
-        agent.pid = restore.await.unwrap().pid;
-        assert_eq!(
-            (hooks.created, hooks.before_resume),
-            (Some(agent.pid), Some(agent.pid))
-        );
-        agent.count_on(last, 10).await;
-        let again = agent
-            .engine
-            .restore(
-                NAMESPACE,
-                &agent.container,
-                &image,
-                &options,
-                Vec::new(),
-                &mut NoHooks,
-            )
-            .await;
-        assert!(matches!(again, Err(RestoreError::Running(_))));
-        agent.assert_running();
-        agent.delete();
-    }
-);
+on_a_node!(the_process_is_known_before_it_runs_and_a_restore_can_be_refused, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    agent.dump().await.unwrap();
+    let image = agent.image();
+    let options = agent.restore_options();
+    let mut hooks = Order { refuse: true, ..Order::default() };
+    let restore = agent.engine.restore(
+        NAMESPACE,
+        &agent.container,
+        &image,
+        &options,
+        agent.inherit(&image),
+        &mut hooks,
+    );
+    let error = restore.await.unwrap_err();
+    assert!(error.to_string().contains("not now"), "{error}");
+    assert!(!agent.container.cgroup.populated().unwrap());
+    let mut hooks = Order::default();
+    let restore = agent.engine.restore(
+        NAMESPACE,
+        &agent.container,
+        &image,
+        &options,
+        agent.inherit(&image),
+        &mut hooks,
+    );
+    agent.pid = restore.await.unwrap().pid;
+    assert_eq!((hooks.created, hooks.before_resume), (Some(agent.pid), Some(agent.pid)));
+    agent.count_on(last, 10).await;
+    let again =
+        agent.engine.restore(NAMESPACE, &agent.container, &image, &options, Vec::new(), &mut NoHooks).await;
+    assert!(matches!(again, Err(RestoreError::Running(_))));
+    agent.assert_running();
+    agent.delete();
+});
 
 on_a_node!(python_and_node_agents_keep_their_memory, async || {
     let python = "import time, os\nballast = bytearray(os.urandom(1 << 20) * 64)\ncheck = sum(ballast[::4096])\ni = 0\nwhile True:\n    i += 1\n    assert sum(ballast[::4096]) == check\n    print(i, flush=True)\n    time.sleep(0.02)";
     let node = "const http = require('http'); let i = 0; const s = http.createServer((q, r) => r.end(String(i))); s.listen(8080, () => setInterval(() => console.log(++i), 20))";
-    let agents: [(&str, [&str; 3]); 2] = [
-        ("python", ["python3", "-c", python]),
-        ("node", ["node", "-e", node]),
-    ];
+    let agents: [(&str, [&str; 3]); 2] =
+        [("python", ["python3", "-c", python]), ("node", ["node", "-e", node])];
     // Left to itself, node may use io_uring, which cannot be dumped.
     let change = |spec: &mut Value| {
-        spec["process"]["env"]
-            .as_array_mut()
-            .unwrap()
-            .push(json!("UV_USE_IO_URING=0"));
+        spec["process"]["env"].as_array_mut().unwrap().push(json!("UV_USE_IO_URING=0"));
     };
     // Left to itself, node may use io_uring, which cannot be dumped.
     let change = |spec: &mut Value| {
-        spec["process"]["env"]
-            .as_array_mut()
-            .unwrap()
-            .push(json!("UV_USE_IO_URING=0"));
+        spec["process"]["env"].as_array_mut().unwrap().push(json!("UV_USE_IO_URING=0"));
     };
     for (id, args) in agents {
-        let setup = Setup {
-            args: &args,
-            change: &change,
-            whole_root: true,
-        };
+        let setup = Setup { args: &args, change: &change, whole_root: true };
         let mut agent = Agent::start(id, &setup);
         let mut last = agent.count_on(0, 5).await;
         for _ in 0..5 {
@@ -933,28 +735,18 @@ on_a_node!(python_and_node_agents_keep_their_memory, async || {
     }
 });
 
-on_a_node!(
-    io_uring_fails_the_dump_by_name_and_the_agent_runs_on,
-    async || {
-        let node =
-            "let i = 0; require('fs').promises.stat('/').then(() => setInterval(() => console.log(++i), 20))";
-        let change = |spec: &mut Value| {
-            spec["process"]["env"]
-                .as_array_mut()
-                .unwrap()
-                .push(json!("UV_USE_IO_URING=1"));
-        };
-        let setup = Setup {
-            args: &["node", "-e", node],
-            change: &change,
-            whole_root: true,
-        };
-        let mut agent = Agent::start("uring", &setup);
-        let last = agent.count_on(0, 5).await;
-        let error = agent.dump().await.unwrap_err();
-        assert_eq!(cause(&error), Cause::IoUring, "{error}");
-        agent.assert_running();
-        agent.count_on(last, 10).await;
-        agent.delete();
-    }
-);
+on_a_node!(io_uring_fails_the_dump_by_name_and_the_agent_runs_on, async || {
+    let node =
+        "let i = 0; require('fs').promises.stat('/').then(() => setInterval(() => console.log(++i), 20))";
+    let change = |spec: &mut Value| {
+        spec["process"]["env"].as_array_mut().unwrap().push(json!("UV_USE_IO_URING=1"));
+    };
+    let setup = Setup { args: &["node", "-e", node], change: &change, whole_root: true };
+    let mut agent = Agent::start("uring", &setup);
+    let last = agent.count_on(0, 5).await;
+    let error = agent.dump().await.unwrap_err();
+    assert_eq!(cause(&error), Cause::IoUring, "{error}");
+    agent.assert_running();
+    agent.count_on(last, 10).await;
+    agent.delete();
+});

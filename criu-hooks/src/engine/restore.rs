@@ -185,11 +185,7 @@ impl Engine {
             Ok((pid, console)) => {
                 attempt.failed = false;
                 attempt.root = None;
-                Ok(Restored {
-                    pid,
-                    console,
-                    total: started.elapsed(),
-                })
+                Ok(Restored { pid, console, total: started.elapsed() })
             }
             Err(error) => {
                 attempt.settle().await;

@@ -81,11 +81,7 @@ impl Agent {
             .stderr(stdio())
             .status()
             .unwrap();
-        assert!(
-            status.success(),
-            "runc run: {status}: {}",
-            drain(&mut fs::File::from(read))
-        );
+        assert!(status.success(), "runc run: {status}: {}", drain(&mut fs::File::from(read)));
         Agent::adopt(id, &bundle, (read.into(), write))
     }
 
@@ -251,11 +247,7 @@ fn make_bundle(id: &str, bundle: &Path, setup: &Setup<'_>) {
     symlink("../run", base.join("lower/var-run")).unwrap();
     fs::create_dir(base.join("lower/var")).unwrap();
     symlink("../run", base.join("lower/var/run")).unwrap();
-    let lower = if setup.whole_root {
-        PathBuf::from("/run/rootfs")
-    } else {
-        base.join("lower")
-    };
+    let lower = if setup.whole_root { PathBuf::from("/run/rootfs") } else { base.join("lower") };
     let options = format!(
         "lowerdir={},upperdir={base}/upper,workdir={base}/work",
         lower.display(),

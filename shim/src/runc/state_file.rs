@@ -95,11 +95,7 @@ impl StateFile {
         let mut bytes = Vec::new();
         open(path)
             .and_then(|file| file.take(MAX_STATE + 1).read_to_end(&mut bytes))
-            .map_err(|source| Error::Io {
-                action: "read",
-                path: path.to_owned(),
-                source,
-            })?;
+            .map_err(|source| Error::Io { action: "read", path: path.to_owned(), source })?;
         StateFile::parse(&bytes, path)
     }
 
@@ -108,28 +104,16 @@ impl StateFile {
     /// # Errors
     /// When anything in it is not as known.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<StateFile, Error> {
-        let malformed = |why: String| Error::Malformed {
-            path: path.to_owned(),
-            why,
-        };
+        let malformed = |why: String| Error::Malformed { path: path.to_owned(), why };
         if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > MAX_STATE {
             return Err(malformed(format!("it is longer than {MAX_STATE} bytes")));
         }
         let fields: Map<String, Value> =
             serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
-        let unknown = |field: &str, why| Error::Unknown {
-            path: path.to_owned(),
-            field: field.to_owned(),
-            why,
-        };
+        let unknown =
+            |field: &str, why| Error::Unknown { path: path.to_owned(), field: field.to_owned(), why };
 
-        for field in [
-            "id",
-            "init_process_pid",
-            "init_process_start",
-            "config",
-            "namespace_paths",
-        ] {
+        for field in ["id", "init_process_pid", "init_process_start", "config", "namespace_paths"] {
             if !fields.contains_key(field) {
                 return Err(unknown(field, "it is missing"));
             }
@@ -184,14 +168,8 @@ impl StateFile {
 /// See [`Error`]; the file is then as it was.
 pub fn update(path: &Path, pid: Pid) -> Result<(), Error> {
     let state = StateFile::read(path)?;
-    let start = procfs::stat(pid)
-        .map_err(|source| Error::Process { pid, source })?
-        .start_time;
-    let failed = |source| Error::Io {
-        action: "replace",
-        path: path.to_owned(),
-        source,
-    };
+    let start = procfs::stat(pid).map_err(|source| Error::Process { pid, source })?.start_time;
+    let failed = |source| Error::Io { action: "replace", path: path.to_owned(), source };
     replace(path, &state.with_process(pid, start).to_bytes()).map_err(failed)
 }
 
@@ -200,12 +178,7 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let write = || {
         let flags = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or_default();
         let mut options = fs::OpenOptions::new();
-        options
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .custom_flags(flags);
+        options.write(true).create(true).truncate(true).mode(0o600).custom_flags(flags);
         let mut file = options.open(&unfinished)?;
         file.write_all(bytes)?;
         file.sync_all()?;
@@ -229,14 +202,9 @@ fn namespace_path(pid: i64, link: &str) -> String {
 /// Checks one field of the outermost level.
 fn check_field(field: &str, value: &Value) -> Result<(), &'static str> {
     let (as_known, why) = match field {
-        "id" => (
-            value.as_str().is_some_and(|id| !id.is_empty()),
-            "it is not a name",
-        ),
+        "id" => (value.as_str().is_some_and(|id| !id.is_empty()), "it is not a name"),
         "init_process_pid" => {
-            let fits = value
-                .as_i64()
-                .is_some_and(|pid| pid > 0 && i32::try_from(pid).is_ok());
+            let fits = value.as_i64().is_some_and(|pid| pid > 0 && i32::try_from(pid).is_ok());
             (fits, "it is not a process id")
         }
         "init_process_start" => (value.is_u64(), "it is not a number of ticks"),
@@ -244,15 +212,11 @@ fn check_field(field: &str, value: &Value) -> Result<(), &'static str> {
         "rootless" => (value.is_boolean(), "it is neither true nor false"),
         "config" => (value.is_object(), "it is not an object"),
         "cgroup_paths" | "namespace_paths" => {
-            let paths = value
-                .as_object()
-                .is_some_and(|paths| paths.values().all(Value::is_string));
+            let paths = value.as_object().is_some_and(|paths| paths.values().all(Value::is_string));
             (paths, "it is not an object of paths")
         }
         "external_descriptors" => {
-            let names = value
-                .as_array()
-                .is_some_and(|names| names.iter().all(Value::is_string));
+            let names = value.as_array().is_some_and(|names| names.iter().all(Value::is_string));
             (value.is_null() || names, "it is not a list of names")
         }
         _ => (false, "no field of this name is known"),
@@ -311,27 +275,19 @@ mod tests {
             let paths = after["namespace_paths"].as_object().unwrap();
             assert_eq!(paths.len(), before["namespace_paths"].as_object().unwrap().len());
             for (name, path) in paths {
-                assert!(
-                    path.as_str().unwrap().starts_with("/proc/4242/ns/"),
-                    "{name}: {path}"
-                );
+                assert!(path.as_str().unwrap().starts_with("/proc/4242/ns/"), "{name}: {path}");
             }
             for field in ["init_process_pid", "init_process_start", "namespace_paths"] {
                 after[field] = before[field].clone();
             }
             assert_eq!(after, before, "runc {version}");
-            assert_eq!(
-                StateFile::parse(&updated.to_bytes(), at()).unwrap().init_pid(),
-                4242
-            );
+            assert_eq!(StateFile::parse(&updated.to_bytes(), at()).unwrap().init_pid(), 4242);
         }
     }
 
     #[test]
     fn the_time_namespace_of_newer_runcs_is_kept() {
-        let state = StateFile::parse(SAMPLES[2].1, at())
-            .unwrap()
-            .with_process(Pid::from_raw(9).unwrap(), 1);
+        let state = StateFile::parse(SAMPLES[2].1, at()).unwrap().with_process(Pid::from_raw(9).unwrap(), 1);
         let after: Value = serde_json::from_slice(&state.to_bytes()).unwrap();
         assert_eq!(after["namespace_paths"]["NEWTIME"], "/proc/9/ns/time");
         assert_eq!(after["namespace_paths"]["NEWNS"], "/proc/9/ns/mnt");
@@ -341,32 +297,18 @@ mod tests {
     fn what_is_not_as_known_is_refused_by_name() {
         let cases: &[(&str, &dyn Fn(&mut Value))] = &[
             ("new_field", &|state| state["new_field"] = json!(1)),
-            ("init_process_pid", &|state| {
-                state["init_process_pid"] = json!("46")
-            }),
+            ("init_process_pid", &|state| state["init_process_pid"] = json!("46")),
             ("init_process_pid", &|state| state["init_process_pid"] = json!(0)),
-            ("init_process_pid", &|state| {
-                state["init_process_pid"] = json!(1u64 << 40)
-            }),
-            ("init_process_start", &|state| {
-                state["init_process_start"] = json!(-1)
-            }),
+            ("init_process_pid", &|state| state["init_process_pid"] = json!(1u64 << 40)),
+            ("init_process_start", &|state| state["init_process_start"] = json!(-1)),
             ("init_process_start", &|state| {
                 state.as_object_mut().unwrap().remove("init_process_start");
             }),
             ("namespace_paths", &|state| state["namespace_paths"] = json!([])),
-            ("namespace_paths.NEWNET", &|state| {
-                state["namespace_paths"]["NEWNET"] = json!("/run/netns/x")
-            }),
-            ("namespace_paths.NEWODD", &|state| {
-                state["namespace_paths"]["NEWODD"] = json!("/proc/1/ns/odd")
-            }),
-            ("config", &|state| {
-                state["config"]["cgroups"]["weight"] = json!(0.1)
-            }),
-            ("external_descriptors", &|state| {
-                state["external_descriptors"] = json!([1])
-            }),
+            ("namespace_paths.NEWNET", &|state| state["namespace_paths"]["NEWNET"] = json!("/run/netns/x")),
+            ("namespace_paths.NEWODD", &|state| state["namespace_paths"]["NEWODD"] = json!("/proc/1/ns/odd")),
+            ("config", &|state| state["config"]["cgroups"]["weight"] = json!(0.1)),
+            ("external_descriptors", &|state| state["external_descriptors"] = json!([1])),
             ("rootless", &|state| state["rootless"] = json!("no")),
         ];
         for (field, change) in cases {
@@ -383,16 +325,10 @@ mod tests {
     fn torn_and_overlong_states_are_refused() {
         let whole = SAMPLES[0].1;
         for length in [0, 1, whole.len() / 2, whole.len() - 2] {
-            assert!(matches!(
-                StateFile::parse(&whole[..length], at()),
-                Err(Error::Malformed { .. })
-            ));
+            assert!(matches!(StateFile::parse(&whole[..length], at()), Err(Error::Malformed { .. })));
         }
         let long = vec![b' '; usize::try_from(MAX_STATE).unwrap() + 1];
-        assert!(matches!(
-            StateFile::parse(&long, at()),
-            Err(Error::Malformed { .. })
-        ));
+        assert!(matches!(StateFile::parse(&long, at()), Err(Error::Malformed { .. })));
     }
 
     #[test]
@@ -418,10 +354,7 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), SAMPLES[1].1);
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(matches!(
-            update(&link, rustix::process::getpid()),
-            Err(Error::Io { action: "read", .. })
-        ));
+        assert!(matches!(update(&link, rustix::process::getpid()), Err(Error::Io { action: "read", .. })));
     }
 
     #[test]
