@@ -31,9 +31,9 @@ pub use writer::ImageWriter;
 pub(crate) use writer::Revoker;
 
 /// The directory of a generation that holds what CRIU wrote.
-const IMAGES: &str = "img";
+pub const IMAGES: &str = "img";
 /// The directory of a generation that holds CRIU's logs.
-const WORK: &str = "work";
+pub const WORK: &str = "work";
 /// The file whose presence makes an image complete.
 const MANIFEST: &str = "manifest.json";
 

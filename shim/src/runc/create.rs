@@ -35,7 +35,7 @@ use crate::{
 /// runc's log, in the bundle.
 pub(super) const RUNC_LOG: &str = "log.json";
 /// The pid of the init process, in the bundle, under the name that containerd's own shim uses.
-const INIT_PID: &str = "init.pid";
+pub(super) const INIT_PID: &str = "init.pid";
 
 /// Makes containers with runc.
 pub struct RuncFactory {

@@ -1,5 +1,6 @@
 //! The real runtime: runc for create, start, exec and delete, the engine for sleeps, the cgroup for the rest.
 
+mod checkpoint;
 mod cleanup;
 mod create;
 mod process;

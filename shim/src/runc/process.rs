@@ -137,7 +137,8 @@ pub(super) fn runc_error(what: &str, error: runc::error::Error, log: &Path) -> R
     RuntimeError::Failed(format!("OCI runtime {what} failed: {why}"))
 }
 
-fn last_error(log: &Path) -> Option<String> {
+/// The last error of runc's log.
+pub(super) fn last_error(log: &Path) -> Option<String> {
     use std::io::Read;
     let file = fs::File::open(log).ok()?;
     BufReader::new(file.take(MAX_LOG))

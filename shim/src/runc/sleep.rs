@@ -1,13 +1,13 @@
 //! Sleep and wake: the order of what happens around a dump and a restore.
 
-use std::{path::Path, sync::Arc};
+use std::{os::fd::OwnedFd, path::Path, sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use criu_hooks::{
     container::Container,
     criu::HookError,
     engine::{DumpError, DumpHooks, DumpOptions, InheritFd, RestoreHooks, RestoreOptions},
-    image::{self, Store},
+    image::{self, Expected, Image, Store},
 };
 use rustix::process::Pid;
 use tracing::warn;
@@ -18,12 +18,15 @@ use super::{
     state_file,
 };
 use crate::{
+    io::Inherit,
     reaper::{ExitWatch, Mark, Reaper},
-    runtime::{CheckpointConfig, DumpReport, Restored, RuntimeError, Veto},
+    runtime::{DumpReport, Restored, RuntimeError, Veto},
 };
 
 /// The engine's name in reports: CRIU driven by the shim.
 const DIRECT: &str = "direct";
+/// The engine's name in reports: `runc checkpoint` and `runc restore`.
+const RUNC: &str = "runc";
 
 /// Gives the dump up while nothing is lost.
 struct UnlessWoken(Veto);
@@ -94,65 +97,90 @@ impl RuncContainer {
     async fn freeze_and_dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
         let container = self.for_engine()?;
         let init = self.lock().init.raw().ok_or_else(|| failed("there is no init process"))?;
-        state_file::StateFile::read(&self.state_file()).map_err(precondition)?;
         let store = Store::open(&self.options.image_dir).map_err(|error| store_error(&error))?;
         store.sweep_incomplete(&self.namespace, &self.id).map_err(|error| store_error(&error))?;
         let writer = store.begin(&self.namespace, &self.id, None).map_err(|error| store_error(&error))?;
         let pids: Vec<u32> = self.cgroup.procs().map_err(failed)?.into_iter().map(process::number).collect();
+        let frozen = Instant::now();
         self.cgroup.freeze(FREEZE).await.map_err(precondition)?;
         self.io.prepare_dump().await.map_err(failed)?;
 
-        let options = DumpOptions::default();
-        let mut hooks = UnlessWoken(veto);
-        let report =
-            self.engine.dump(&container, init, &writer, &options, &mut hooks).await.map_err(dump_error)?;
+        // runc's record must be brought up to date after a direct restore, or exec would not work.
+        let (engine, network) = match state_file::StateFile::read(&self.state_file()) {
+            Ok(_) => {
+                let mut hooks = UnlessWoken(veto);
+                let dump =
+                    self.engine.dump(&container, init, &writer, &DumpOptions::default(), &mut hooks).await;
+                (DIRECT, dump.map_err(dump_error)?.network)
+            }
+            Err(reason) => {
+                warn!(id = %self.id, %reason, "runc is of an unknown kind: it dumps and restores this container itself");
+                self.dump_with_runc(init, container.spec_digest, &writer, &veto).await?;
+                (RUNC, None)
+            }
+        };
+        let stopped = frozen.elapsed();
         let image = Arc::new(writer.finish().map_err(failed)?);
-        let image_dir = image.path().to_owned();
-        {
-            let mut inner = self.lock();
-            inner.last_pids = pids;
-            inner.image = Some(SleepImage { kind: ImageKind::Direct(image), network: report.network });
-        }
-        Ok(DumpReport { stopped: report.stopped, image_bytes: report.image_bytes, image_dir, engine: DIRECT })
+        let report =
+            DumpReport { stopped, image_bytes: image.bytes(), image_dir: image.path().to_owned(), engine };
+        let kind = if engine == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
+        let mut inner = self.lock();
+        inner.last_pids = pids;
+        inner.image = Some(SleepImage { kind, network });
+        Ok(report)
     }
 
     pub(super) async fn wake_up(&self) -> Result<Restored, RuntimeError> {
         let (kind, network) = {
             let inner = self.lock();
             let image = inner.image.as_ref().ok_or_else(|| failed("there is no image of it"))?;
-            let network = image.network.as_ref().map(std::os::fd::OwnedFd::try_clone).transpose();
+            let network = image.network.as_ref().map(OwnedFd::try_clone).transpose();
             (image.kind.clone(), network.map_err(failed)?)
         };
         let container = self.for_engine()?;
         let inherit = self.io.inherit().map_err(failed)?;
+        let (pid, exit, console, engine) = match &kind {
+            ImageKind::Direct(image) => {
+                let (pid, exit, console) = self.restore_directly(&container, image, network, inherit).await?;
+                if let Err(error) = state_file::update(&self.state_file(), pid) {
+                    warn!(id = %self.id, %error, "exec will not work: runc does not know the new init process");
+                }
+                (pid, exit, console, DIRECT)
+            }
+            ImageKind::Runc(image) => {
+                let (namespace, id) = (self.namespace.as_str(), self.id.as_str());
+                let spec_digest = container.spec_digest.as_str();
+                image.verify(&Expected { namespace, container: id, spec_digest }).map_err(failed)?;
+                let (pid, exit, console) =
+                    self.restore_with_runc(image, &inherit, container.has_terminal).await?;
+                (pid, exit, console, RUNC)
+            }
+        };
+        if let Err(error) = self.io.finish_restore(console) {
+            warn!(id = %self.id, %error, "its terminal has not the size that it should have");
+        }
+        self.lock().init = ProcessHandle::open(pid);
+        Ok(Restored { process: process::of(pid, exit), engine })
+    }
+
+    async fn restore_directly(
+        &self,
+        container: &Container,
+        image: &Image,
+        network: Option<OwnedFd>,
+        inherit: Vec<Inherit>,
+    ) -> Result<(Pid, ExitWatch, Option<OwnedFd>), RuntimeError> {
         let inherit = inherit.into_iter().map(|end| InheritFd { key: end.key, fd: end.fd }).collect();
         let options = RestoreOptions { network, ..RestoreOptions::default() };
         let mut hooks = ClaimInit { reaper: self.reaper.clone(), mark: Some(self.reaper.mark()), exit: None };
         let restored = self
             .engine
-            .restore(&self.namespace, &container, kind.image(), &options, inherit, &mut hooks)
+            .restore(&self.namespace, container, image, &options, inherit, &mut hooks)
             .await
             .map_err(failed)?;
-        let Some(exit) = hooks.exit else {
-            return Err(failed("CRIU restored a container without telling of its init process"));
-        };
-        if let Err(error) = self.io.finish_restore(restored.console) {
-            warn!(id = %self.id, %error, "its terminal has not the size that it should have");
-        }
-        if let Err(error) = state_file::update(&self.state_file(), restored.pid) {
-            warn!(id = %self.id, %error, "exec will not work: runc does not know the new init process");
-        }
-        self.lock().init = ProcessHandle::open(restored.pid);
-        Ok(Restored { process: process::of(restored.pid, exit), engine: DIRECT })
-    }
-
-    pub(super) async fn checkpoint_for_client(
-        &self,
-        config: &CheckpointConfig,
-        asleep: bool,
-    ) -> Result<(), RuntimeError> {
-        let _ = (config, asleep);
-        Err(precondition("not yet"))
+        let exit =
+            hooks.exit.ok_or_else(|| failed("CRIU restored it without telling of its init process"))?;
+        Ok((restored.pid, exit, restored.console))
     }
 
     fn state_file(&self) -> std::path::PathBuf {
