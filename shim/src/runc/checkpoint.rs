@@ -269,20 +269,20 @@ fn copy_image(image: &Image, target: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn text(args: Vec<OsString>) -> String {
+    fn text(args: &[OsString]) -> String {
         args.join(" ".as_ref()).to_string_lossy().into_owned()
     }
 
     #[test]
     fn a_checkpoint_leaves_the_container_running_unless_its_exit_is_asked_for() {
         let mut config = CheckpointConfig { image_path: "/i".into(), ..CheckpointConfig::default() };
-        assert_eq!(text(checkpoint_args("c", &config)), "checkpoint --image-path /i --leave-running c");
+        assert_eq!(text(&checkpoint_args("c", &config)), "checkpoint --image-path /i --leave-running c");
         config.exit = true;
         config.work_path = Some("/w".into());
         config.file_locks = true;
         config.open_tcp = true;
         let expected = "checkpoint --image-path /i --work-path /w --tcp-established --file-locks c";
-        assert_eq!(text(checkpoint_args("c", &config)), expected);
+        assert_eq!(text(&checkpoint_args("c", &config)), expected);
     }
 
     #[test]
@@ -291,7 +291,7 @@ mod tests {
         let args = restore_args("c", path("/b"), path("/i"), path("/w"), path("/p"), Some(path("/s")));
         let expected = "restore --detach --no-subreaper --file-locks --bundle /b --image-path /i --work-path /w \
                         --pid-file /p --console-socket /s c";
-        assert_eq!(text(args), expected);
+        assert_eq!(text(&args), expected);
     }
 
     #[test]

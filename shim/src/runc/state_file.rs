@@ -293,9 +293,11 @@ mod tests {
         assert_eq!(after["namespace_paths"]["NEWNS"], "/proc/9/ns/mnt");
     }
 
+    type Damage = &'static dyn Fn(&mut Value);
+
     #[test]
     fn what_is_not_as_known_is_refused_by_name() {
-        let cases: &[(&str, &dyn Fn(&mut Value))] = &[
+        let cases: &[(&str, Damage)] = &[
             ("new_field", &|state| state["new_field"] = json!(1)),
             ("init_process_pid", &|state| state["init_process_pid"] = json!("46")),
             ("init_process_pid", &|state| state["init_process_pid"] = json!(0)),
