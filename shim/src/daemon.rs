@@ -32,6 +32,8 @@ pub struct Daemon {
     id: String,
     namespace: String,
     debug: bool,
+    /// Where the Task API is served.
+    socket: String,
     bundle: PathBuf,
     containers: Containers,
     exit: Arc<ExitSignal>,
@@ -66,6 +68,7 @@ impl Shim for Daemon {
             id: flags.id.clone(),
             namespace: flags.namespace.clone(),
             debug: flags.debug,
+            socket: flags.socket.clone(),
             bundle: std::env::current_dir().unwrap_or_default(),
             containers: Containers::default(),
             exit: Arc::new(ExitSignal::default()),
@@ -122,6 +125,10 @@ impl Shim for Daemon {
                 warn!(%error, "the control socket stays behind");
             }
             server.disconnect().await;
+        }
+        // The crate finds its address in the bundle, which containerd has removed by now.
+        if let Err(error) = std::fs::remove_file(self.socket.trim_start_matches("unix://")) {
+            warn!(%error, "the socket of the Task API stays behind");
         }
     }
 

@@ -19,20 +19,23 @@ use tracing::{
     field::{Field, Visit},
 };
 use tracing_subscriber::{
-    EnvFilter, Layer,
+    Layer,
+    filter::{LevelFilter, Targets},
     layer::{Context, SubscriberExt},
     util::SubscriberInitExt,
 };
 
-/// Crates that say more than an operator wants to know.
-const QUIET: &str = "ttrpc=warn,containerd_shim=info,runc=info,mio=warn,tokio=warn";
+/// Crates that say more than an operator wants to know, and how much of it is passed on.
+const QUIET: [(&str, LevelFilter); 3] =
+    [("ttrpc", LevelFilter::WARN), ("containerd_shim", LevelFilter::INFO), ("runc", LevelFilter::INFO)];
 
 /// Sends all that the shim and its libraries log to the FIFO `log` in `bundle`, from `level` up. Without the FIFO
 /// nothing is logged.
 pub fn init(bundle: &Path, level: &str, namespace: &str, id: &str) {
     let Ok(pipe) = open(&bundle.join("log")) else { return };
-    let filter = EnvFilter::try_new(format!("{},{QUIET}", if level.is_empty() { "info" } else { level }))
-        .unwrap_or_else(|_| EnvFilter::new("info"));
+    let level: LevelFilter = level.parse().unwrap_or(LevelFilter::INFO);
+    let filter =
+        Targets::new().with_default(level).with_targets(QUIET.map(|(name, most)| (name, most.min(level))));
     let lines = LogPipe { pipe, dropped: AtomicU64::new(0), shim: format!("{namespace}/{id}") };
     // Both fail only when a logger is set already.
     let _ = tracing_subscriber::registry().with(lines.with_filter(filter)).try_init();

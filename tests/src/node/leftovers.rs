@@ -23,6 +23,9 @@ const STATE: &[&str] = &[
     "/run/netns",
 ];
 
+/// The folder of the image store, which its first use makes.
+const IMAGE_STORE: &str = "/var/lib/agentcube/images";
+
 /// How many of each thing there are, by kind and name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Leftovers {
@@ -84,7 +87,7 @@ impl Leftovers {
         for folder in STATE {
             let namespace = |path: &str| namespaces.iter().any(|name| path == format!("{folder}/{name}"));
             walk(&root, Path::new(folder), &mut |path, _| {
-                if !namespace(path) {
+                if !namespace(path) && path != IMAGE_STORE {
                     add(&mut counted.files, path);
                 }
             });
