@@ -59,21 +59,32 @@ pub fn to_any(metrics: &Metrics) -> Any {
 
 /// The sum of the proportional set sizes of the processes in `cgroup` and below, in bytes.
 pub fn pss(cgroup: &Path) -> u64 {
-    let own: u64 = read(cgroup, "cgroup.procs")
-        .unwrap_or_default()
-        .lines()
-        .filter_map(|pid| read(&Path::new("/proc").join(pid), "smaps_rollup"))
-        .filter_map(|rollup| {
-            let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-            line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-        })
-        .sum();
+    of_processes(cgroup, &|process| {
+        let rollup = read(process, "smaps_rollup")?;
+        let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+    })
+}
+
+/// The resident memory of the processes in `cgroup` and below it, in bytes; what several share counts for each. Much
+/// cheaper than [`pss`].
+pub fn resident(cgroup: &Path) -> u64 {
+    let page = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
+    of_processes(cgroup, &|process| {
+        Some(read(process, "statm")?.split(' ').nth(1)?.parse::<u64>().ok()? * page)
+    })
+}
+
+/// The sum of what `measure` finds in the `/proc` directory of each process in `cgroup` and below it.
+fn of_processes(cgroup: &Path, measure: &impl Fn(&Path) -> Option<u64>) -> u64 {
+    let pids = read(cgroup, "cgroup.procs").unwrap_or_default();
+    let own: u64 = pids.lines().filter_map(|pid| measure(&Path::new("/proc").join(pid))).sum();
     let below = fs::read_dir(cgroup).into_iter().flatten().flatten();
     let below: u64 = below
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|entry| pss(&entry.path()))
+        .map(|entry| of_processes(&entry.path(), measure))
         .sum();
-    own * 1024 + below
+    own + below
 }
 
 fn read(directory: &Path, name: &str) -> Option<String> {

@@ -1,6 +1,11 @@
 //! Sleep and wake: the order of what happens around a dump and a restore.
 
-use std::{os::fd::OwnedFd, path::Path, sync::Arc, time::Instant};
+use std::{
+    os::fd::OwnedFd,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use criu_hooks::{
@@ -21,12 +26,23 @@ use crate::{
     io::Inherit,
     reaper::{ExitWatch, Mark, Reaper},
     runtime::{DumpReport, Restored, RuntimeError, Veto},
+    stats,
 };
 
 /// The engine's name in reports: CRIU driven by the shim.
 const DIRECT: &str = "direct";
 /// The engine's name in reports: `runc checkpoint` and `runc restore`.
 const RUNC: &str = "runc";
+
+/// How long CRIU may take, whatever the size.
+const LEAST_TIME: Duration = Duration::from_secs(60);
+/// The slowest disk that is waited for, in bytes a second.
+const SLOWEST: u64 = 20 << 20;
+
+/// How long CRIU may take with so many bytes of memory.
+fn time_for(bytes: u64) -> Duration {
+    LEAST_TIME + Duration::from_secs(bytes / SLOWEST)
+}
 
 /// Gives the dump up while nothing is lost.
 struct UnlessWoken(Veto);
@@ -109,8 +125,9 @@ impl RuncContainer {
         let (engine, network) = match state_file::StateFile::read(&self.state_file()) {
             Ok(_) => {
                 let mut hooks = UnlessWoken(veto);
-                let dump =
-                    self.engine.dump(&container, init, &writer, &DumpOptions::default(), &mut hooks).await;
+                let timeout = time_for(stats::resident(self.cgroup.path()));
+                let options = DumpOptions { timeout, ..DumpOptions::default() };
+                let dump = self.engine.dump(&container, init, &writer, &options, &mut hooks).await;
                 (DIRECT, dump.map_err(dump_error)?.network)
             }
             Err(reason) => {
@@ -171,7 +188,8 @@ impl RuncContainer {
         inherit: Vec<Inherit>,
     ) -> Result<(Pid, ExitWatch, Option<OwnedFd>), RuntimeError> {
         let inherit = inherit.into_iter().map(|end| InheritFd { key: end.key, fd: end.fd }).collect();
-        let options = RestoreOptions { network, ..RestoreOptions::default() };
+        let timeout = time_for(image.bytes());
+        let options = RestoreOptions { network, timeout, ..RestoreOptions::default() };
         let mut hooks = ClaimInit { reaper: self.reaper.clone(), mark: Some(self.reaper.mark()), exit: None };
         let restored = self
             .engine
@@ -185,5 +203,24 @@ impl RuncContainer {
 
     fn state_file(&self) -> std::path::PathBuf {
         state_file::path(&self.options.runc_root, &self.namespace, &self.id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_memory_is_given_more_time() {
+        assert_eq!(time_for(0), LEAST_TIME);
+        assert_eq!(time_for(100 << 30), LEAST_TIME + Duration::from_secs(5120));
+    }
+
+    #[test]
+    fn a_full_disk_is_told_from_other_trouble() {
+        let full = image::Error::Full { path: "/images".into(), free: 1, needed: None };
+        assert!(matches!(store_error(&full), RuntimeError::ResourceExhausted(_)));
+        let readonly = image::Error::ReadOnly("/images".into());
+        assert!(matches!(store_error(&readonly), RuntimeError::FailedPrecondition(_)));
     }
 }
