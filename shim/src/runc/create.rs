@@ -178,6 +178,7 @@ impl RuntimeFactory for RuncFactory {
             reaper: self.reaper.clone(),
             runc,
             engine,
+            criu: tokio::sync::OnceCell::new(),
             cgroup,
             io,
             inner: Mutex::new(Inner {

@@ -16,13 +16,14 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
-use criu_hooks::{cgroup::Cgroup, engine::Engine, image::Image};
+use criu_hooks::{cgroup::Cgroup, engine::Engine, image::Image, preflight};
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 use runc::{
     Runc,
     options::{DeleteOpts, ExecOpts},
 };
 use rustix::fd::OwnedFd;
+use tokio::sync::OnceCell;
 use tracing::{info, warn};
 
 use self::process::{ProcessHandle, runc_error};
@@ -53,6 +54,8 @@ pub struct RuncContainer {
     reaper: Reaper,
     runc: Runc,
     engine: Engine,
+    /// Looked at before the first dump.
+    criu: OnceCell<preflight::Version>,
     cgroup: Cgroup,
     own_pid_namespace: bool,
     io: Arc<ProcessIo>,

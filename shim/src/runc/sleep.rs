@@ -13,6 +13,7 @@ use criu_hooks::{
     criu::HookError,
     engine::{DumpError, DumpHooks, DumpOptions, InheritFd, RestoreHooks, RestoreOptions},
     image::{self, Expected, Image, Store},
+    preflight::Preflight,
 };
 use rustix::process::Pid;
 use tracing::warn;
@@ -111,6 +112,12 @@ impl RuncContainer {
     }
 
     async fn freeze_and_dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
+        let criu = self
+            .criu
+            .get_or_try_init(async || Preflight::new(self.engine.criu(), &self.reaper).version().await)
+            .await
+            .map_err(precondition)?;
+        let engine = self.engine.clone().with_versions(&criu.to_string(), "");
         let container = self.for_engine()?;
         let init = self.lock().init.raw().ok_or_else(|| failed("there is no init process"))?;
         let store = Store::open(&self.options.image_dir).map_err(|error| store_error(&error))?;
@@ -122,12 +129,12 @@ impl RuncContainer {
         self.io.prepare_dump().await.map_err(failed)?;
 
         // runc's record must be brought up to date after a direct restore, or exec would not work.
-        let (engine, network) = match state_file::StateFile::read(&self.state_file()) {
+        let (made_by, network) = match state_file::StateFile::read(&self.state_file()) {
             Ok(_) => {
                 let mut hooks = UnlessWoken(veto);
                 let timeout = time_for(stats::resident(self.cgroup.path()));
                 let options = DumpOptions { timeout, ..DumpOptions::default() };
-                let dump = self.engine.dump(&container, init, &writer, &options, &mut hooks).await;
+                let dump = engine.dump(&container, init, &writer, &options, &mut hooks).await;
                 (DIRECT, dump.map_err(dump_error)?.network)
             }
             Err(reason) => {
@@ -138,9 +145,13 @@ impl RuncContainer {
         };
         let stopped = frozen.elapsed();
         let image = Arc::new(writer.finish().map_err(failed)?);
-        let report =
-            DumpReport { stopped, image_bytes: image.bytes(), image_dir: image.path().to_owned(), engine };
-        let kind = if engine == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
+        let report = DumpReport {
+            stopped,
+            image_bytes: image.bytes(),
+            image_dir: image.path().to_owned(),
+            engine: made_by,
+        };
+        let kind = if made_by == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
         let mut inner = self.lock();
         inner.last_pids = pids;
         inner.image = Some(SleepImage { kind, network });
