@@ -36,7 +36,7 @@ const DIRECT: &str = "direct";
 const RUNC: &str = "runc";
 
 /// How long CRIU may take, whatever the size.
-const LEAST_TIME: Duration = Duration::from_secs(60);
+const LEAST_TIME: Duration = Duration::from_mins(1);
 /// The slowest disk that is waited for, in bytes a second.
 const SLOWEST: u64 = 20 << 20;
 
