@@ -338,4 +338,4 @@ impl Output {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,8 +1,17 @@
 //! containerd's FIFO for standard input.
 
-use std::{io, os::fd::OwnedFd, path::Path, sync::Arc};
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{Mode, OFlags},
+};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{Notify, watch},
@@ -17,6 +26,37 @@ const CHUNK: usize = 8 * 1024;
 pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// How often a FIFO that holds unread bytes is asked whether a reader has come, and for how long at most.
+const READER_POLL: Duration = Duration::from_millis(50);
+const READER_LIMIT: Duration = Duration::from_mins(2);
+
+/// Closes a FIFO that was written to, so that its reader sees the end once it has read everything. A FIFO that nobody
+/// holds forgets what is in it: while there are bytes and no reader, as when containerd is being restarted, its write
+/// end is held on to.
+pub(super) fn close_written(fifo: OwnedFd) {
+    let path = format!("/proc/self/fd/{}", fifo.as_raw_fd());
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let Ok(write_end) = rustix::fs::open(path, flags, Mode::empty()) else { return };
+    drop(fifo);
+    if !holds_unread(&write_end) {
+        return;
+    }
+    tokio::spawn(tokio::time::timeout(READER_LIMIT, async move {
+        while holds_unread(&write_end) {
+            tokio::time::sleep(READER_POLL).await;
+        }
+    }));
+}
+
+/// Whether there are bytes in this pipe and nobody to read them.
+fn holds_unread(write_end: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(write_end, PollFlags::OUT)];
+    let no_wait = Timespec { tv_sec: 0, tv_nsec: 0 };
+    // A pipe without a reader is in error for its writers.
+    let no_reader = poll(&mut fds, Some(&no_wait)).is_ok() && fds[0].revents().contains(PollFlags::ERR);
+    no_reader && rustix::io::ioctl_fionread(write_end).is_ok_and(|bytes| bytes > 0)
 }
 
 /// Registers an owned descriptor with the runtime.
@@ -156,18 +196,29 @@ impl Input {
             while let Some(read) = Self::next(&fifo, &closed, &mut asleep, &mut buffer).await {
                 let mut rest = &buffer[..read];
                 while !rest.is_empty() {
+                    // What is written to the terminal of a sleeping process goes with that terminal.
+                    if asleep.wait_for(|asleep| !asleep).await.is_err() {
+                        return;
+                    }
                     let Ok(current) = master.wait_for(Option::is_some).await.map(|master| master.clone())
                     else {
                         return;
                     };
                     let Some(current) = current else { continue };
-                    tokio::select! {
-                        written = current.write(rest) => match written {
-                            Ok(written) => rest = &rest[written..],
-                            // The terminal is gone; the next one gets the rest.
-                            Err(_) => if master.changed().await.is_err() { return },
-                        },
-                        changed = master.changed() => if changed.is_err() { return },
+                    let written = tokio::select! {
+                        biased;
+                        Ok(_) = asleep.wait_for(|asleep| *asleep) => continue,
+                        written = current.write(rest) => written,
+                        changed = master.changed() => if changed.is_err() { return } else { continue },
+                    };
+                    match written {
+                        Ok(written) => rest = &rest[written..],
+                        // The terminal is gone; the next one gets the rest.
+                        Err(_) => {
+                            if master.changed().await.is_err() {
+                                return;
+                            }
+                        }
                     }
                 }
             }

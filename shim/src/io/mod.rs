@@ -10,6 +10,7 @@ mod fifo;
 mod pipes;
 mod sink;
 mod terminal;
+mod typed;
 
 use std::{
     io,
@@ -234,8 +235,9 @@ impl ProcessIo {
 
     /// The dump has failed: the process has its streams as before.
     pub fn abort_dump(&self) {
-        if let Kind::Pipes(pipes) = &mut *lock(&self.kind) {
-            pipes.release_child_ends();
+        match &mut *lock(&self.kind) {
+            Kind::Pipes(pipes) => pipes.release_child_ends(),
+            Kind::Terminal(terminal) => terminal.put_back(),
         }
         self.asleep.send_replace(false);
     }

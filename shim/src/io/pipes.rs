@@ -90,8 +90,9 @@ impl Pipes {
         let mut tasks = Vec::new();
         let mut ends = ChildEnds::default();
         let mut kept = Vec::new();
-        for (name, uri) in [("stdout", &stdio.stdout), ("stderr", &stdio.stderr)] {
-            let Some(sink) = Sink::open(name, uri, logger, reaper).await? else {
+        let sinks = Sink::open_both(&stdio.stdout, &stdio.stderr, logger, reaper).await?;
+        for (name, sink) in ["stdout", "stderr"].into_iter().zip(sinks) {
+            let Some(sink) = sink else {
                 kept.push(None);
                 continue;
             };
@@ -170,11 +171,11 @@ async fn copy(name: &'static str, reader: OwnedFd, sink: Sink) {
     let Ok(reader) = watched(reader, Interest::READABLE) else { return };
     let mut broken = false;
     loop {
-        let Ok(ready) = reader.readable().await else { return };
+        let Ok(ready) = reader.readable().await else { break };
         drop(ready);
         let mut buffer = vec![0; CHUNK];
         match fifo::read(&reader, &mut buffer).await {
-            Ok(0) | Err(_) => return,
+            Ok(0) | Err(_) => break,
             Ok(read) if !broken => {
                 if let Err(error) = sink.write_all(&buffer[..read]).await {
                     warn!(stream = name, %error, "output is lost: it cannot be written");
@@ -184,4 +185,5 @@ async fn copy(name: &'static str, reader: OwnedFd, sink: Sink) {
             Ok(_) => {}
         }
     }
+    sink.finish();
 }

@@ -62,10 +62,35 @@ impl Sink {
             }
             Some(("fifo", path)) => pipe(fifo::open(Path::new(path)).map_err(failed)?).map_err(failed)?,
             Some(("file", path)) => file(Path::new(path)).await.map_err(failed)?,
-            Some(("binary", rest)) => start_logger(stream, rest, logger, reaper).await?,
+            Some(("binary", rest)) => {
+                let (stdout, stderr) = start_logger(rest, logger, reaper).await?;
+                if stream == "stderr" { stderr } else { stdout }
+            }
             _ => return Err(IoError::UnknownUri { stream, uri: uri.to_owned() }),
         };
         Ok(Some(sink))
+    }
+
+    /// Opens where both streams go. A logger that both name is started once, and gets both.
+    pub(super) async fn open_both(
+        stdout: &str,
+        stderr: &str,
+        logger: &LoggerContext<'_>,
+        reaper: &Reaper,
+    ) -> Result<[Option<Self>; 2], IoError> {
+        if let Some(rest) = stdout.strip_prefix("binary://").filter(|_| stderr == stdout) {
+            let (stdout, stderr) = start_logger(rest, logger, reaper).await?;
+            return Ok([Some(stdout), Some(stderr)]);
+        }
+        let stdout = Self::open("stdout", stdout, logger, reaper).await?;
+        Ok([stdout, Self::open("stderr", stderr, logger, reaper).await?])
+    }
+
+    /// Closes it after the last word.
+    pub(super) fn finish(self) {
+        if let Self::Pipe(pipe) = self {
+            fifo::close_written(pipe.into_inner());
+        }
     }
 
     /// Writes everything, however long that takes.
@@ -129,24 +154,18 @@ fn unescape(text: &str) -> String {
 /// Starts a logger as containerd's own shim does: descriptor 3 is the process's stdout, 4 its stderr, and 5 is closed
 /// by the logger when it is ready.
 async fn start_logger(
-    stream: &'static str,
     rest: &str,
     context: &LoggerContext<'_>,
     reaper: &Reaper,
-) -> Result<Sink, IoError> {
+) -> Result<(Sink, Sink), IoError> {
     let (binary, arguments) = logger_command(rest);
     let failed = |reason: String| IoError::Logger { binary: binary.clone(), reason };
+    let failed_io = |error: io::Error| failed(error.to_string());
     let make = || -> io::Result<_> { Ok(rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?) };
-    let ((output, input), (silence, _), (ready, ready_end)) = match (make(), make(), make()) {
-        (Ok(a), Ok(b), Ok(c)) => (a, b, c),
-        (a, b, c) => {
-            let error = a.err().or(b.err()).or(c.err());
-            return Err(failed(error.map(|error| error.to_string()).unwrap_or_default()));
-        }
-    };
-    // A shim has one logger per stream: the other stream of this one is empty.
-    let (third, fourth) = if stream == "stderr" { (&silence, &output) } else { (&output, &silence) };
-    let ends = [third.as_raw_fd(), fourth.as_raw_fd(), ready_end.as_raw_fd()];
+    let (stdout, to_stdout) = make().map_err(failed_io)?;
+    let (stderr, to_stderr) = make().map_err(failed_io)?;
+    let (ready, ready_end) = make().map_err(failed_io)?;
+    let ends = [stdout.as_raw_fd(), stderr.as_raw_fd(), ready_end.as_raw_fd()];
     let mut command = Command::new(&binary);
     command
         .args(&arguments)
@@ -159,22 +178,34 @@ async fn start_logger(
     unsafe {
         command.pre_exec(move || hand_over(ends));
     }
-    let child = reaper.spawn(command).map_err(|error| failed(error.to_string()))?;
-    drop((output, silence, ready_end));
-    let watched_ready = nonblocking(&ready)
-        .and_then(|()| watched(ready, Interest::READABLE))
-        .map_err(|error| failed(error.to_string()))?;
+    let child = reaper.spawn(command).map_err(failed_io)?;
+    drop((stdout, stderr, ready_end));
+    let watched_ready =
+        nonblocking(&ready).and_then(|()| watched(ready, Interest::READABLE)).map_err(failed_io)?;
     let mut exit = child.exit;
     let mut byte = [0];
     tokio::select! {
-        read = fifo::read(&watched_ready, &mut byte) => read.map(drop).map_err(|error| failed(error.to_string()))?,
-        exit = &mut exit => return Err(failed(exit.map_or_else(|error| error.to_string(), |exit| format!("it ended with {exit}")))),
+        biased;
+        exit = &mut exit => return Err(failed(ended(exit))),
+        read = fifo::read(&watched_ready, &mut byte) => {
+            read.map_err(failed_io)?;
+            // The end of the pipe is also what a program leaves that ends, and then it has closed everything.
+            let open = std::fs::read_dir(format!("/proc/{}/fd", child.pid.as_raw_nonzero()));
+            if !open.is_ok_and(|mut open| open.next().is_some()) {
+                return Err(failed(ended(exit.await)));
+            }
+        }
         () = tokio::time::sleep(LOGGER_READY) => {
             let _ = rustix::process::pidfd_send_signal(&child.pidfd, rustix::process::Signal::KILL);
             return Err(failed(format!("nothing after {} s", LOGGER_READY.as_secs())));
         }
     }
-    nonblocking(&input).and_then(|()| pipe(input)).map_err(|error| failed(error.to_string()))
+    let sink = |end: OwnedFd| nonblocking(&end).and_then(|()| pipe(end));
+    Ok((sink(to_stdout).map_err(failed_io)?, sink(to_stderr).map_err(failed_io)?))
+}
+
+fn ended(exit: io::Result<criu_hooks::spawn::Exit>) -> String {
+    exit.map_or_else(|error| error.to_string(), |exit| format!("it ended with {exit}"))
 }
 
 fn nonblocking(fd: &OwnedFd) -> io::Result<()> {

@@ -17,7 +17,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Commands, Drained, IoError, Sink, fifo::watched};
+use super::{Commands, Drained, IoError, Sink, fifo::watched, typed};
 
 /// Bytes that are read at once.
 const CHUNK: usize = 8 * 1024;
@@ -65,6 +65,8 @@ pub(super) struct Terminal {
     master: watch::Sender<Option<Master>>,
     commands: Commands,
     size: Option<Winsize>,
+    /// Input that the process had not read when it was frozen.
+    typed: Vec<u8>,
 }
 
 impl Terminal {
@@ -77,7 +79,7 @@ impl Terminal {
         let reading =
             Reading { master: master.subscribe(), asleep, output, backlog: backlog.clone(), hung_up: false };
         tokio::spawn(reading.run(orders));
-        (Self { master, commands, size: None }, tokio::spawn(write(sink, chunks, backlog)))
+        (Self { master, commands, size: None, typed: Vec::new() }, tokio::spawn(write(sink, chunks, backlog)))
     }
 
     /// The master, as it changes.
@@ -92,7 +94,19 @@ impl Terminal {
             set_size(&master, size)?;
         }
         self.master.send_replace(Some(master));
+        self.put_back();
         Ok(())
+    }
+
+    /// Gives the process the input that was taken from it, in the terminal that it has now.
+    pub(super) fn put_back(&mut self) {
+        let typed = std::mem::take(&mut self.typed);
+        let Some(master) = self.master.borrow().clone().filter(|_| !typed.is_empty()) else { return };
+        match typed::put_back(master.0.get_ref(), &typed) {
+            Ok(written) if written == typed.len() => {}
+            Ok(written) => warn!(bytes = typed.len() - written, "input typed ahead is lost: it does not fit"),
+            Err(error) => warn!(bytes = typed.len(), %error, "input typed ahead is lost"),
+        }
     }
 
     /// Sets the size; a sleeping process gets it with its next terminal.
@@ -109,8 +123,14 @@ impl Terminal {
         }
     }
 
-    /// Has everything taken out that the process has written.
+    /// Takes out the input that the process has not read, and has everything taken out that it has written.
     pub(super) fn drain(&mut self) -> Drained {
+        if let Some(master) = &*self.master.borrow() {
+            match typed::take(master.0.get_ref()) {
+                Ok(typed) => self.typed.extend(typed),
+                Err(error) => warn!(%error, "input typed ahead cannot be kept"),
+            }
+        }
         if self.size.is_none()
             && let Some(master) = &*self.master.borrow()
         {
@@ -157,6 +177,11 @@ impl Reading {
             tokio::select! {
                 biased;
                 order = orders.recv() => {
+                    // An order may overtake the news of a new master, whose output it means.
+                    if self.master.has_changed().unwrap_or(false) {
+                        self.hung_up = false;
+                    }
+                    let current = self.master.borrow_and_update().clone();
                     self.read_all(current.as_ref());
                     match order {
                         Some(Command::Drain(done)) => drop(done.send(())),
@@ -240,5 +265,8 @@ async fn write(sink: Option<Sink>, mut output: mpsc::UnboundedReceiver<Vec<u8>>,
         }
         backlog.bytes.fetch_sub(chunk.len(), Ordering::SeqCst);
         backlog.shrunk.notify_one();
+    }
+    if let Some(sink) = sink {
+        sink.finish();
     }
 }

@@ -25,6 +25,11 @@ fn reaper() -> &'static (Runtime, Reaper) {
     })
 }
 
+/// For other modules' tests: their children must be spawned by it, because it reaps all children of the process.
+pub(crate) fn shared() -> Reaper {
+    reaper().1.clone()
+}
+
 fn run<T>(future: impl Future<Output = T>) -> T {
     reaper().0.block_on(async { timeout(Duration::from_mins(1), future).await.expect("the test hangs") })
 }
