@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use serde_json::{Map, Value};
 
 /// The controllers that a cgroup can hand on to those below it.
@@ -219,6 +219,23 @@ pub fn prepare(bundle: &Path, spec: &Spec, ignore: bool) -> Result<(), Controlle
         );
     }
     Ok(())
+}
+
+/// The part of an update that the node can keep: all of it, or with `ignore` what is left without missing controllers.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn of_update(resources: &LinuxResources, ignore: bool) -> Result<LinuxResources, ControllersError> {
+    let update = |source| ControllersError::Spec { path: PathBuf::from("the update"), source };
+    let mut value = serde_json::to_value(resources).map_err(update)?;
+    let stripped = decide(&mut value, &available(&MOUNTS.map(Path::new))?, ignore)?;
+    if !stripped.is_empty() {
+        tracing::warn!(
+            missing = list(&stripped),
+            "an update is kept in part: the node lacks cgroup controllers"
+        );
+    }
+    serde_json::from_value(value).map_err(update)
 }
 
 /// Checks the specification in a bundle, and with `ignore` rewrites it. Returns what was taken out.

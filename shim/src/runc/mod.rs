@@ -29,6 +29,7 @@ use tracing::{info, warn};
 use self::process::{ProcessHandle, runc_error};
 pub use self::{cleanup::cleanup, create::RuncFactory};
 use crate::{
+    controllers,
     io::{ConsoleSocket, ProcessIo},
     limits,
     options::Options,
@@ -255,15 +256,14 @@ impl Runtime for RuncContainer {
     }
 
     async fn update(&self, resources: &LinuxResources, asleep: bool) -> Result<(), RuntimeError> {
+        let resources = &controllers::of_update(resources, self.options.ignore_missing_controllers)
+            .map_err(precondition)?;
         if !asleep {
             let updated = self.runc.update(&self.id, resources).await;
             return updated.map_err(|error| runc_error("update", error, &self.runc_log()));
         }
-        let mut settings =
+        let settings =
             limits::settings(resources).map_err(|error| RuntimeError::InvalidArgument(error.to_string()))?;
-        if self.options.ignore_missing_controllers {
-            settings.retain(|setting| self.cgroup.path().join(&setting.file).exists());
-        }
         limits::apply(self.cgroup.path(), &settings).map_err(precondition)?;
         self.lock().updates.push(resources.clone());
         Ok(())
