@@ -18,7 +18,7 @@ use tracing::warn;
 use crate::{
     container::{Handle, Snapshot, Transition},
     error::TaskError,
-    lifecycle::{Depth, FrozenBy, State},
+    lifecycle::{Depth, FrozenBy, Refusal, State},
     task::Containers,
 };
 
@@ -101,6 +101,38 @@ async fn of_all<T: Send + 'static>(
     done
 }
 
+/// Puts containers to sleep, all or none. Of several, one that sleeps that deep already is as it should be.
+async fn sleep_as_one(
+    sandbox: &str,
+    targets: Vec<Handle>,
+    asked: Option<Depth>,
+) -> Result<Vec<WireTransition>, TaskError> {
+    let several = targets.len() > 1;
+    let slept = of_all(targets.iter().cloned().map(move |handle| async move {
+        let depth = asked.unwrap_or_else(|| handle.runtime().deepest());
+        match handle.sleep(depth).await {
+            Err(TaskError::Refused { refusal: Refusal::AlreadyAsleep(now), .. })
+                if several && now >= depth =>
+            {
+                Ok(None)
+            }
+            other => other.map(|slept| Some(wire_transition(handle.id(), &slept))),
+        }
+    }))
+    .await;
+    if several && slept.iter().any(Result::is_err) {
+        let fresh = targets.iter().zip(&slept).filter(|(_, slept)| matches!(slept, Ok(Some(_))));
+        let fresh: Vec<Handle> = fresh.map(|(handle, _)| handle.clone()).collect();
+        for woken in of_all(fresh.into_iter().map(|handle| async move { handle.wake().await })).await {
+            if let Err(error) = woken {
+                warn!(%sandbox, %error, "after a failed sleep of its sandbox");
+            }
+        }
+    }
+    let slept: Result<Vec<_>, TaskError> = slept.into_iter().collect();
+    Ok(slept?.into_iter().flatten().collect())
+}
+
 #[async_trait]
 impl Control for ControlService {
     async fn sleep(
@@ -110,21 +142,11 @@ impl Control for ControlService {
     ) -> containerd_shim::TtrpcResult<SleepResponse> {
         let asked = depth(request.depth)?;
         let targets = self.targets(&request.id)?;
-        let slept = of_all(targets.iter().cloned().map(move |handle| async move {
-            let slept = handle.sleep(asked.unwrap_or_else(|| handle.runtime().deepest())).await?;
-            Ok(wire_transition(handle.id(), &slept))
-        }))
-        .await;
-        let outcome: Result<Vec<_>, TaskError> = slept.into_iter().collect();
-        if outcome.is_err() && targets.len() > 1 {
-            // A sandbox sleeps as one or not at all.
-            for woken in of_all(targets.into_iter().map(|handle| async move { handle.wake().await })).await {
-                if let Err(error) = woken {
-                    warn!(sandbox = %request.id, %error, "after a failed sleep of its sandbox");
-                }
-            }
-        }
-        Ok(SleepResponse { transitions: outcome?, ..Default::default() })
+        let sandbox = request.id;
+        // The whole of it goes on when the client goes away: half a sandbox must not be left asleep.
+        let slept = tokio::spawn(async move { sleep_as_one(&sandbox, targets, asked).await }).await;
+        let transitions = slept.map_err(|error| TaskError::Dependency(error.to_string()))??;
+        Ok(SleepResponse { transitions, ..Default::default() })
     }
 
     async fn wake(

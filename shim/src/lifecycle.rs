@@ -99,6 +99,8 @@ pub enum Event {
     Kill,
     /// The cgroup could not be frozen.
     FreezeFailed,
+    /// The cgroup could not be thawed, on whosever behalf it was frozen.
+    ThawFailed(FrozenBy),
     /// The dump has ended.
     DumpDone(DumpOutcome),
     /// The restore has ended.
@@ -126,7 +128,7 @@ pub enum Effect {
     Start,
     /// Freeze the cgroup; ends with [`Event::FreezeFailed`] if that fails.
     Freeze,
-    /// Thaw the cgroup.
+    /// Thaw the cgroup; ends with [`Event::ThawFailed`] if that fails.
     Thaw,
     /// Begin a dump; ends with [`Event::DumpDone`].
     Dump,
@@ -281,7 +283,8 @@ fn running(facts: Facts, event: Event) -> Result<Step, Refusal> {
         Event::Pause => to(PAUSED, &[Effect::Freeze, Effect::PublishPaused]),
         Event::Resume => Err(Refusal::NotPaused),
         Event::Kill => to(State::Running, &[Effect::Kill]),
-        Event::Exited => to(State::Stopped, &[Effect::ReportExit]),
+        Event::Exited => to(State::Stopped, &[Effect::ReportExit, Effect::Refuse]),
+        Event::ThawFailed(by) => to(State::Frozen { by }, &[Effect::Refuse]),
         Event::FreezeFailed | Event::StartDone { .. } | Event::DumpDone(_) | Event::RestoreDone { .. } => {
             to(State::Running, &[])
         }
@@ -307,7 +310,10 @@ fn frozen(by: FrozenBy, facts: Facts, event: Event) -> Result<Step, Refusal> {
             to(DUMPING, &[Effect::Dump])
         }
         (FrozenBy::Sleep, Event::Pause) => to(PAUSED, &[Effect::PublishPaused]),
-        (_, Event::StartDone { .. } | Event::DumpDone(_) | Event::RestoreDone { .. }) => to(here, &[]),
+        (
+            _,
+            Event::ThawFailed(_) | Event::StartDone { .. } | Event::DumpDone(_) | Event::RestoreDone { .. },
+        ) => to(here, &[]),
     }
 }
 
@@ -319,8 +325,8 @@ fn dumping(woken: bool, killed: bool, exited: bool, event: Event) -> Result<Step
         Event::Sleep(_) => Err(Refusal::FallingAsleep),
         Event::Wake | Event::Need | Event::Resume if woken => stay(woken, killed, exited, &[]),
         Event::Wake | Event::Need | Event::Resume => stay(true, killed, exited, &[Effect::CancelDump]),
-        // It is about to sleep, and an agent that sleeps is as still as a paused one.
-        Event::Pause => stay(woken, killed, exited, &[]),
+        // A dump that fails would let it run on behind the back of who paused it.
+        Event::Pause => Err(Refusal::FallingAsleep),
         Event::Kill => stay(woken, true, exited, &[Effect::CancelDump, Effect::Kill]),
         Event::Exited => stay(woken, killed, true, &[]),
         Event::DumpDone(DumpOutcome::Complete) => match (killed, exited) {
@@ -335,7 +341,7 @@ fn dumping(woken: bool, killed: bool, exited: bool, event: Event) -> Result<Step
             (false, true) => to(State::Running, &[Effect::Kill, Effect::Release]),
             (false, false) => to(State::Running, &[Effect::Release]),
         },
-        Event::FreezeFailed | Event::StartDone { .. } | Event::RestoreDone { .. } => {
+        Event::FreezeFailed | Event::ThawFailed(_) | Event::StartDone { .. } | Event::RestoreDone { .. } => {
             stay(woken, killed, exited, &[])
         }
     }
@@ -351,6 +357,7 @@ fn checkpointed(event: Event) -> Result<Step, Refusal> {
         Event::Pause
         | Event::Exited
         | Event::FreezeFailed
+        | Event::ThawFailed(_)
         | Event::StartDone { .. }
         | Event::DumpDone(_)
         | Event::RestoreDone { .. } => to(State::Checkpointed, &[]),
@@ -372,7 +379,11 @@ fn restoring(killed: bool, event: Event) -> Result<Step, Refusal> {
             to(State::Stopped, &[Effect::ReportKilledAsleep, Effect::DropImage, Effect::Refuse])
         }
         Event::RestoreDone { ok: false } => to(State::Checkpointed, &[Effect::Refuse]),
-        Event::Exited | Event::FreezeFailed | Event::StartDone { .. } | Event::DumpDone(_) => to(here, &[]),
+        Event::Exited
+        | Event::FreezeFailed
+        | Event::ThawFailed(_)
+        | Event::StartDone { .. }
+        | Event::DumpDone(_) => to(here, &[]),
     }
 }
 
@@ -380,6 +391,7 @@ fn stopped(event: Event) -> Result<Step, Refusal> {
     match event {
         Event::Exited
         | Event::FreezeFailed
+        | Event::ThawFailed(_)
         | Event::StartDone { .. }
         | Event::DumpDone(_)
         | Event::RestoreDone { .. } => to(State::Stopped, &[]),

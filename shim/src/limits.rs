@@ -41,6 +41,9 @@ pub enum LimitError {
         /// The controller that would make it.
         controller: String,
     },
+    /// A name that is no file of a cgroup.
+    #[error("{0:?} is not the name of a cgroup file")]
+    NoFile(String),
     /// The request contradicts itself.
     #[error("the memory and swap limit ({swap} bytes) is below the memory limit ({limit} bytes)")]
     SwapBelowMemory {
@@ -73,6 +76,9 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, LimitError> 
     let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
     unified.sort();
     for (file, value) in unified {
+        if file.contains('/') || !file.contains('.') {
+            return Err(LimitError::NoFile(file.clone()));
+        }
         set(&mut all, file, value.clone());
     }
     Ok(all)
@@ -80,6 +86,15 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, LimitError> 
 
 fn set(all: &mut Vec<Setting>, file: &str, value: impl Into<String>) {
     all.push(Setting { file: file.to_owned(), value: value.into() });
+}
+
+/// Stands for the quota that is in force, in an update of the period alone.
+const KEPT: &str = "kept";
+
+/// The quota in force in a `cpu.max`.
+fn kept_quota(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.split_whitespace().next().unwrap_or("max").to_owned()
 }
 
 /// Zero or less means "no limit" in an OCI specification.
@@ -95,7 +110,7 @@ fn cpu_settings(cpu: &LinuxCpu, all: &mut Vec<Setting>) {
     match (cpu.quota(), period) {
         (None, None) => {}
         (quota, period) => {
-            let quota = max_or(quota.unwrap_or(-1));
+            let quota = quota.map_or_else(|| KEPT.to_owned(), max_or);
             set(all, "cpu.max", period.map_or(quota.clone(), |period| format!("{quota} {period}")));
         }
     }
@@ -149,7 +164,11 @@ pub fn apply(dir: &Path, settings: &[Setting]) -> Result<(), LimitError> {
             let controller = file.split('.').next().unwrap_or(file).to_owned();
             return Err(LimitError::NoController { path, controller });
         }
-        fs::write(&path, value).map_err(|source| LimitError::Write { path, value: value.clone(), source })?;
+        let value = match value.strip_prefix(KEPT) {
+            Some(rest) => kept_quota(&path) + rest,
+            None => value.clone(),
+        };
+        fs::write(&path, &value).map_err(|source| LimitError::Write { path, value, source })?;
     }
     Ok(())
 }
@@ -183,6 +202,23 @@ mod tests {
         assert_eq!(of(r#"{"pids":{"limit":0}}"#), [pair("pids.max", "max")]);
         assert_eq!(of(r#"{"unified":{"memory.high":"1G"}}"#), [pair("memory.high", "1G")]);
         assert_eq!(of("{}"), []);
+    }
+
+    #[test]
+    fn an_update_of_the_period_keeps_the_quota() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("cpu.max"), "50000 100000").unwrap();
+        let resources = serde_json::from_str(r#"{"cpu":{"period":200000}}"#).unwrap();
+        apply(dir.path(), &settings(&resources).unwrap()).unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("cpu.max")).unwrap(), "50000 200000");
+    }
+
+    #[test]
+    fn a_file_outside_the_cgroup_is_refused() {
+        for name in ["../memory.max", "/etc/passwd", "cgroup"] {
+            let resources = serde_json::from_value(serde_json::json!({"unified": {name: "1"}})).unwrap();
+            assert!(matches!(settings(&resources), Err(LimitError::NoFile(_))), "{name}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! containerd's Task API: looks up the container, asks its actor or its snapshot, and words the answer.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -23,6 +23,7 @@ use containerd_shim::{
     },
 };
 use oci_spec::runtime::LinuxResources;
+use tokio::sync::Notify;
 use tracing::{debug, info};
 
 use crate::{
@@ -35,12 +36,24 @@ use crate::{
 
 /// The shim's containers, by id. Looked up, never held across work.
 #[derive(Clone, Default)]
-pub struct Containers(Arc<Mutex<HashMap<String, Handle>>>);
+pub struct Containers {
+    map: Arc<Mutex<HashMap<String, Entry>>>,
+    /// Told when a container has been made, or could not be.
+    settled: Arc<Notify>,
+}
+
+/// What an id stands for.
+enum Entry {
+    /// A container in the making.
+    Coming,
+    /// A container.
+    Made(Handle),
+}
 
 impl Containers {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Handle>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
         // Nothing that holds this lock can leave the map half-changed.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The container `id`.
@@ -48,12 +61,44 @@ impl Containers {
     /// # Errors
     /// [`TaskError::NoContainer`].
     pub fn get(&self, id: &str) -> Result<Handle, TaskError> {
-        self.lock().get(id).cloned().ok_or_else(|| TaskError::NoContainer(id.to_owned()))
+        match self.lock().get(id) {
+            Some(Entry::Made(handle)) => Ok(handle.clone()),
+            Some(Entry::Coming) | None => Err(TaskError::NoContainer(id.to_owned())),
+        }
     }
 
-    /// Adds a container; it goes by itself when it has been deleted.
+    /// The container `id`, when it is being made as soon as that has come to an end.
+    async fn get_settled(&self, id: &str) -> Result<Handle, TaskError> {
+        loop {
+            let settled = self.settled.notified();
+            if !matches!(self.lock().get(id), Some(Entry::Coming)) {
+                return self.get(id);
+            }
+            settled.await;
+        }
+    }
+
+    /// Reserves `id` for a container in the making.
+    fn reserve(&self, id: &str) -> Result<(), TaskError> {
+        match self.lock().entry(id.to_owned()) {
+            hash_map::Entry::Occupied(_) => Err(TaskError::ContainerExists(id.to_owned())),
+            hash_map::Entry::Vacant(free) => {
+                free.insert(Entry::Coming);
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives a reserved id back.
+    fn release(&self, id: &str) {
+        self.lock().remove(id);
+        self.settled.notify_waiters();
+    }
+
+    /// Puts a container where its id was reserved; it goes by itself when it has been deleted.
     fn insert(&self, handle: Handle) {
-        self.lock().insert(handle.id().to_owned(), handle.clone());
+        self.lock().insert(handle.id().to_owned(), Entry::Made(handle.clone()));
+        self.settled.notify_waiters();
         let containers = self.clone();
         tokio::spawn(async move {
             handle.closed().await;
@@ -64,14 +109,28 @@ impl Containers {
     /// Removes `handle`, but not another container of the same id that came after it.
     fn remove(&self, handle: &Handle) {
         let mut map = self.lock();
-        if map.get(handle.id()).is_some_and(|current| current.same_as(handle)) {
+        if let Some(Entry::Made(current)) = map.get(handle.id())
+            && current.same_as(handle)
+        {
             map.remove(handle.id());
         }
     }
 
+    /// Whether there is no container, not even one in the making.
+    fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     /// All containers, ordered by id.
     pub fn all(&self) -> Vec<Handle> {
-        let mut all: Vec<_> = self.lock().values().cloned().collect();
+        let mut all: Vec<_> = self
+            .lock()
+            .values()
+            .filter_map(|entry| match entry {
+                Entry::Made(handle) => Some(handle.clone()),
+                Entry::Coming => None,
+            })
+            .collect();
         all.sort_by(|a, b| a.id().cmp(b.id()));
         all
     }
@@ -101,9 +160,16 @@ impl TaskService {
 
     async fn create_container(self, request: CreateTaskRequest) -> Result<u32, TaskError> {
         let id = request.id.clone();
-        if self.containers.get(&id).is_ok() {
-            return Err(TaskError::ContainerExists(id));
+        self.containers.reserve(&id)?;
+        let made = self.make_container(request).await;
+        if made.is_err() {
+            self.containers.release(&id);
         }
+        made
+    }
+
+    async fn make_container(&self, request: CreateTaskRequest) -> Result<u32, TaskError> {
+        let id = request.id.clone();
         let stdio = Stdio {
             stdin: request.stdin,
             stdout: request.stdout,
@@ -240,7 +306,7 @@ impl Task for TaskService {
         info!(id = %request.id, exec = %request.exec_id, "delete");
         let exec_id = owned_exec(&request.exec_id);
         let whole = exec_id.is_none();
-        let handle = self.containers.get(&request.id)?;
+        let handle = self.containers.get_settled(&request.id).await?;
         let view = handle.delete(exec_id).await?;
         if whole {
             // A shutdown may follow at once.
@@ -360,7 +426,7 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> TtrpcResult<Empty> {
         // Other containers of the sandbox still need this shim.
-        if self.containers.lock().is_empty() {
+        if self.containers.is_empty() {
             info!("shutdown");
             self.exit.signal();
         }

@@ -7,7 +7,7 @@
 use std::{
     collections::HashMap,
     sync::Arc,
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use containerd_shim::protos::events::task::{
@@ -28,6 +28,8 @@ use crate::{
     },
 };
 
+/// How long input waits after a failed wake before it tries again.
+const RETRY: Duration = Duration::from_secs(10);
 const SIGKILL: u32 = 9;
 /// What the shell and containerd make of a death by SIGKILL.
 const KILLED: u32 = 128 + SIGKILL;
@@ -49,6 +51,13 @@ enum Exec {
     Starting(Option<Reply<u32>>),
     Running,
     Ended,
+}
+
+/// What is asked of an exec before its start.
+#[derive(Default)]
+struct Early {
+    size: Option<(u16, u16)>,
+    close_stdin: bool,
 }
 
 /// A sleep under way.
@@ -74,6 +83,8 @@ pub(super) struct Actor {
     snapshot: watch::Sender<Snapshot>,
     events: EventSink,
     execs: HashMap<String, Exec>,
+    /// What was asked of execs that have no streams yet.
+    early: HashMap<String, Early>,
     waiting: Vec<Deferred>,
     start_reply: Option<Reply<u32>>,
     falling: Option<Falling>,
@@ -85,8 +96,8 @@ pub(super) struct Actor {
     exit_due: bool,
     checkpoints: usize,
     kill_all: bool,
-    /// Whether input wakes it; not after a failed wake, which would only fail again.
-    input_wakes: bool,
+    /// Input does not wake it before this moment: a wake has failed, and would fail again at once.
+    deaf_until: Option<tokio::time::Instant>,
 }
 
 impl Actor {
@@ -104,6 +115,7 @@ impl Actor {
             snapshot,
             events,
             execs: HashMap::new(),
+            early: HashMap::new(),
             waiting: Vec::new(),
             start_reply: None,
             falling: None,
@@ -113,7 +125,7 @@ impl Actor {
             exit_due: false,
             checkpoints: 0,
             kill_all: false,
-            input_wakes: true,
+            deaf_until: None,
         };
         actor.record(Phase::Running);
         actor.adopt(birth.init);
@@ -124,7 +136,8 @@ impl Actor {
     pub(super) async fn run(mut self, mut messages: mpsc::UnboundedReceiver<Message>) {
         loop {
             let runtime = self.runtime.clone();
-            let listens = self.input_wakes && self.snapshot.borrow().depth().is_some();
+            let asleep = self.snapshot.borrow().depth().is_some();
+            let deaf_until = self.deaf_until;
             tokio::select! {
                 biased;
                 message = messages.recv() => match message {
@@ -135,10 +148,11 @@ impl Actor {
                     }
                     None => return,
                 },
-                () = runtime.input(), if listens => {
+                () = until(deaf_until), if asleep && deaf_until.is_some() => self.deaf_until = None,
+                () = runtime.input(), if asleep && deaf_until.is_none() => {
                     info!(id = %self.id, "input for a sleeping agent: it wakes");
                     if let Err(error) = self.apply(Event::Need).await {
-                        self.input_wakes = false;
+                        self.deafen();
                         warn!(id = %self.id, %error, "input cannot wake it");
                     }
                 }
@@ -156,8 +170,9 @@ impl Actor {
                 answer(reply, killed);
             }
             Message::Kill { exec_id: None, signal, all, reply } => self.kill(signal, all, reply).await,
-            Message::Delete { exec_id: Some(exec_id), reply } => {
-                let deleted = self.delete_exec(&exec_id).await;
+            Message::Delete { exec_id: Some(exec_id), reply } => self.delete_exec(exec_id, reply),
+            Message::ExecDeleted { exec_id, result, reply } => {
+                let deleted = self.exec_deleted(&exec_id, result);
                 answer(reply, deleted);
             }
             Message::Delete { exec_id: None, reply } => {
@@ -174,12 +189,12 @@ impl Actor {
             }
             Message::Resume { reply } => self.resume(reply).await,
             Message::Resize { exec_id, width, height, reply } => {
-                let resized = self.runtime.resize(exec_id.as_deref(), width, height);
-                answer(reply, resized.map_err(|error| self.failed("its terminal cannot be resized", error)));
+                let resized = self.resize(exec_id, width, height);
+                answer(reply, resized);
             }
             Message::CloseStdin { exec_id, reply } => {
-                let closed = self.runtime.close_stdin(exec_id.as_deref());
-                answer(reply, closed.map_err(|error| self.failed("its input cannot be closed", error)));
+                let closed = self.close_stdin(exec_id);
+                answer(reply, closed);
             }
             Message::Update { resources, reply } => self.update(*resources, reply),
             Message::Checkpoint { config, reply } => self.checkpoint(config, reply),
@@ -212,7 +227,8 @@ impl Actor {
         Facts { live_execs: self.execs.values().filter(live).count(), checkpoints: self.checkpoints }
     }
 
-    /// Carries out what the life-cycle makes of `event`.
+    /// Carries out what the life-cycle makes of `event`. One effect that fails does not keep the others from being
+    /// carried out; the first failure is returned.
     async fn apply(&mut self, event: Event) -> Result<(), TaskError> {
         let mut failure = None;
         let mut next = Some(event);
@@ -220,16 +236,28 @@ impl Actor {
             let before = self.state();
             let step = lifecycle::step(before, self.facts(), event)
                 .map_err(|refusal| TaskError::Refused { id: self.id.clone(), refusal })?;
-            self.enter(before, step.next);
+            self.enter(before, step.next, event);
             for effect in step.effects {
-                if let Err(error) = self.perform(effect).await {
-                    next = (effect == Effect::Freeze).then_some(Event::FreezeFailed);
-                    failure = Some(error);
-                    break;
-                }
+                let Err(error) = self.perform(effect).await else { continue };
+                failure = failure.or(Some(error));
+                next = match (effect, before, step.next) {
+                    (Effect::Freeze, ..) => Some(Event::FreezeFailed),
+                    (Effect::Thaw, State::Frozen { by }, State::Running) if event != Event::FreezeFailed => {
+                        self.note_error(failure.as_ref());
+                        Some(Event::ThawFailed(by))
+                    }
+                    _ => continue,
+                };
+                break;
             }
         }
         failure.map_or(Ok(()), Err)
+    }
+
+    /// Keeps an error for those who ask why it sleeps on.
+    fn note_error(&self, error: Option<&TaskError>) {
+        let reason = error.map(ToString::to_string);
+        self.snapshot.send_modify(|now| now.last_error = reason);
     }
 
     /// As [`Self::apply`], for what happened by itself: nobody is there to be told of a failure.
@@ -239,7 +267,7 @@ impl Actor {
         }
     }
 
-    fn enter(&mut self, before: State, next: State) {
+    fn enter(&mut self, before: State, next: State, event: Event) {
         if before == next {
             return;
         }
@@ -249,7 +277,10 @@ impl Actor {
                 let image_bytes = self.snapshot.borrow().image.as_ref().map_or(0, |(_, bytes)| *bytes);
                 self.waking = Some(Waking::now(Depth::Checkpointed, image_bytes));
             }
-            State::Running if asleep => self.waking = Some(Waking::now(Depth::Frozen, 0)),
+            State::Frozen { .. } => self.waking = None,
+            State::Running if asleep && event != Event::FreezeFailed => {
+                self.waking = Some(Waking::now(Depth::Frozen, 0));
+            }
             _ => {}
         }
         self.snapshot.send_modify(|now| {
@@ -393,10 +424,10 @@ impl Actor {
     }
 
     async fn kill(&mut self, signal: u32, all: bool, reply: Reply<()>) {
-        if self.snapshot.borrow().init.exit.is_some() {
+        let state = self.state();
+        if state == State::Stopped {
             return answer(reply, Err(TaskError::Finished));
         }
-        let state = self.state();
         match state {
             _ if signal == SIGKILL => {
                 // No single process stands for a container in transition.
@@ -464,7 +495,7 @@ impl Actor {
 
     async fn start_exec(&mut self, exec_id: String, reply: Reply<u32>) {
         match self.execs.get(&exec_id) {
-            None => answer(reply, Err(TaskError::NoExec { id: self.id.clone(), exec_id })),
+            None => answer(reply, Err(self.no_exec(&exec_id))),
             Some(Exec::Added(_)) => self.need(Deferred::StartExec { exec_id, reply }).await,
             Some(_) => answer(reply, Err(self.refused(Refusal::AlreadyStarted))),
         }
@@ -472,7 +503,7 @@ impl Actor {
 
     fn begin_exec(&mut self, exec_id: String, reply: Reply<u32>) {
         let Some(exec @ Exec::Added(_)) = self.execs.get_mut(&exec_id) else {
-            return answer(reply, Err(TaskError::NoExec { id: self.id.clone(), exec_id }));
+            return answer(reply, Err(self.no_exec(&exec_id)));
         };
         let Exec::Added(config) = std::mem::replace(exec, Exec::Starting(Some(reply))) else {
             return;
@@ -500,6 +531,7 @@ impl Actor {
                     ..Default::default()
                 };
                 self.events.publish(event);
+                self.catch_up_with(exec_id);
                 let (exit, exec_id) = (process.exit, exec_id.to_owned());
                 self.beside(async move { Message::ExecExited { exec_id, exit: exit.await } });
                 Ok(pid)
@@ -527,7 +559,7 @@ impl Actor {
 
     fn kill_exec(&mut self, exec_id: &str, signal: u32, all: bool) -> Result<(), TaskError> {
         match self.execs.get(exec_id) {
-            None => Err(TaskError::NoExec { id: self.id.clone(), exec_id: exec_id.to_owned() }),
+            None => Err(self.no_exec(exec_id)),
             Some(Exec::Ended) => Err(TaskError::Finished),
             Some(Exec::Added(_) | Exec::Starting(_)) => Err(self.refused(Refusal::NotStarted)),
             Some(Exec::Running) => match self.runtime.signal(Some(exec_id), signal, all) {
@@ -537,20 +569,74 @@ impl Actor {
         }
     }
 
-    async fn delete_exec(&mut self, exec_id: &str) -> Result<ProcessView, TaskError> {
-        match self.execs.get(exec_id) {
-            None => {
-                return Err(TaskError::NoExec { id: self.id.clone(), exec_id: exec_id.to_owned() });
+    fn delete_exec(&mut self, exec_id: String, reply: Reply<ProcessView>) {
+        match self.execs.get(&exec_id) {
+            None => return answer(reply, Err(self.no_exec(&exec_id))),
+            Some(Exec::Starting(_) | Exec::Running) => {
+                return answer(reply, Err(TaskError::StillRuns(self.id.clone())));
             }
-            Some(Exec::Starting(_) | Exec::Running) => return Err(TaskError::StillRuns(self.id.clone())),
             Some(Exec::Added(_) | Exec::Ended) => {}
         }
-        let deleted = self.runtime.delete_exec(exec_id).await;
-        deleted.map_err(|error| self.failed("an exec cannot be deleted", error))?;
-        self.execs.remove(exec_id);
+        let runtime = self.runtime.clone();
+        // Its last output may take a while to be passed on.
+        self.beside(async move {
+            let result = runtime.delete_exec(&exec_id).await;
+            Message::ExecDeleted { exec_id, result, reply }
+        });
+    }
+
+    fn exec_deleted(
+        &mut self,
+        exec_id: &str,
+        result: Result<(), RuntimeError>,
+    ) -> Result<ProcessView, TaskError> {
+        result.map_err(|error| self.failed("an exec cannot be deleted", error))?;
+        // Another client may have been faster.
+        self.execs.remove(exec_id).ok_or_else(|| self.no_exec(exec_id))?;
+        self.early.remove(exec_id);
         let mut view = ProcessView::default();
         self.snapshot.send_modify(|now| view = now.execs.remove(exec_id).unwrap_or_default());
         Ok(view)
+    }
+
+    fn no_exec(&self, exec_id: &str) -> TaskError {
+        TaskError::NoExec { id: self.id.clone(), exec_id: exec_id.to_owned() }
+    }
+
+    /// Sets a terminal's size, or remembers it for an exec whose terminal is yet to come.
+    fn resize(&mut self, exec_id: Option<String>, width: u16, height: u16) -> Result<(), TaskError> {
+        match (self.runtime.resize(exec_id.as_deref(), width, height), exec_id) {
+            (Err(RuntimeError::NotFound(_)), Some(exec_id)) if self.awaits_start(&exec_id) => {
+                self.early.entry(exec_id).or_default().size = Some((width, height));
+                Ok(())
+            }
+            (done, _) => done.map_err(|error| self.failed("its terminal cannot be resized", error)),
+        }
+    }
+
+    /// Ends a process's input, now or when it has been started: clients do not wait with that for a wake.
+    fn close_stdin(&mut self, exec_id: Option<String>) -> Result<(), TaskError> {
+        match (self.runtime.close_stdin(exec_id.as_deref()), exec_id) {
+            (Err(RuntimeError::NotFound(_)), Some(exec_id)) if self.awaits_start(&exec_id) => {
+                self.early.entry(exec_id).or_default().close_stdin = true;
+                Ok(())
+            }
+            (done, _) => done.map_err(|error| self.failed("its input cannot be closed", error)),
+        }
+    }
+
+    fn awaits_start(&self, exec_id: &str) -> bool {
+        matches!(self.execs.get(exec_id), Some(Exec::Added(_) | Exec::Starting(_)))
+    }
+
+    /// Does what was asked of an exec before it had its streams.
+    fn catch_up_with(&mut self, exec_id: &str) {
+        let Some(early) = self.early.remove(exec_id) else { return };
+        let sized = early.size.map(|(width, height)| self.runtime.resize(Some(exec_id), width, height));
+        let closed = early.close_stdin.then(|| self.runtime.close_stdin(Some(exec_id)));
+        for error in [sized, closed].into_iter().flatten().filter_map(Result::err) {
+            warn!(id = %self.id, exec = exec_id, %error, "what was asked before its start cannot be done");
+        }
     }
 
     // Updates and checkpoints for clients.
@@ -624,7 +710,7 @@ impl Actor {
                 let slept = Transition {
                     depth,
                     total: since.elapsed(),
-                    stopped: std::time::Duration::ZERO,
+                    stopped: Duration::ZERO,
                     image_bytes: 0,
                     engine: FREEZER,
                     at: SystemTime::now(),
@@ -643,7 +729,7 @@ impl Actor {
 
     fn fell_asleep(&mut self, slept: Transition) {
         info!(id = %self.id, depth = %slept.depth, ms = slept.total.as_millis(), "asleep");
-        self.input_wakes = true;
+        self.deaf_until = None;
         self.snapshot.send_modify(|now| {
             now.sleeps += 1;
             now.last_sleep = Some(slept);
@@ -741,7 +827,7 @@ impl Actor {
             }
             Err(error) => {
                 self.waking = None;
-                self.input_wakes = false;
+                self.deafen();
                 error!(id = %self.id, %error, "the agent could not be woken; its image is kept");
                 self.snapshot.send_modify(|now| now.last_error = Some(error.to_string()));
                 self.record(Phase::Checkpointed);
@@ -766,11 +852,15 @@ impl Actor {
         }
     }
 
+    fn deafen(&mut self) {
+        self.deaf_until = Some(tokio::time::Instant::now() + RETRY);
+    }
+
     fn woke(&self, waking: &Waking) -> Transition {
         let woke = Transition {
             depth: waking.depth,
             total: waking.since.elapsed(),
-            stopped: std::time::Duration::ZERO,
+            stopped: Duration::ZERO,
             image_bytes: waking.image_bytes,
             engine: waking.engine,
             at: SystemTime::now(),
@@ -815,6 +905,13 @@ impl Deferred {
             Self::Signal { reply, .. } | Self::Resume { reply } => answer(reply, Err(error)),
             Self::Wake { reply } => answer(reply, Err(error)),
         }
+    }
+}
+
+async fn until(moment: Option<tokio::time::Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

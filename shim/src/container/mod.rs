@@ -44,6 +44,7 @@ enum Message {
     Started(Result<Option<Process>, RuntimeError>),
     ExecStarted { exec_id: String, result: Result<Process, RuntimeError> },
     InitExited { incarnation: u64, exit: ProcessExit },
+    ExecDeleted { exec_id: String, result: Result<(), RuntimeError>, reply: Reply<ProcessView> },
     ExecExited { exec_id: String, exit: ProcessExit },
     Dumped(Result<crate::runtime::DumpReport, RuntimeError>),
     Restored(Result<crate::runtime::Restored, RuntimeError>),
