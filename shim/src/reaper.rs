@@ -17,26 +17,30 @@ use std::{
     process::{Command, ExitStatus},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
 use criu_hooks::spawn::{Child, Exit};
 use rustix::{
     io::Errno,
-    process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions},
 };
 use tokio::{
     net::unix::pipe,
     signal::unix::{SignalKind, signal},
     sync::oneshot,
 };
+use tracing::warn;
 
 /// Unwatched exits kept while marks are held; a bound against a container that floods the shim with orphans.
 const MAX_UNCLAIMED: usize = 4096;
 
 /// Bytes of a command's output that are kept; the rest is read and dropped.
 const MAX_OUTPUT: usize = 1 << 20;
+
+/// How long the OCI runtime may take for one command. A hanging one would keep its container from ever being ended.
+const RUNTIME_LIMIT: Duration = Duration::from_mins(2);
 
 /// How and when a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -250,7 +254,7 @@ impl criu_hooks::spawn::Spawner for Reaper {
 impl runc::Spawner for Reaper {
     async fn execute(&self, command: runc::Command) -> runc::Result<(ExitStatus, u32, String, String)> {
         let mut command = command.into_std();
-        let (mut child, _, _, mut exit) =
+        let (mut child, _, pidfd, mut exit) =
             self.spawn_watched(&mut command).map_err(runc::error::Error::ProcessSpawnFailed)?;
         // The command holds the child's ends of the pipes.
         drop(command);
@@ -258,11 +262,19 @@ impl runc::Spawner for Reaper {
         let mut stdout = Output::new(child.stdout.take().map(OwnedFd::from)).map_err(invalid)?;
         let mut stderr = Output::new(child.stderr.take().map(OwnedFd::from)).map_err(invalid)?;
 
+        let mut overdue = false;
+        let deadline = tokio::time::sleep(RUNTIME_LIMIT);
+        tokio::pin!(deadline);
         let ended = loop {
             tokio::select! {
                 ended = &mut exit => break ended,
                 () = stdout.read(), if stdout.is_open() => {}
                 () = stderr.read(), if stderr.is_open() => {}
+                () = &mut deadline, if !overdue => {
+                    overdue = true;
+                    warn!(pid = child.id(), "the OCI runtime hangs: it is killed");
+                    let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
+                }
             }
         };
         // All that the command itself wrote is in the pipes by now. A process that it left behind may hold them

@@ -71,21 +71,26 @@ pub async fn mount(bundle: &Path, mounts: &[Mount]) -> Result<(), RootfsError> {
     Ok(())
 }
 
-/// Unmounts all that is mounted on the bundle's `rootfs`; at once, or lazily where something still uses it. What is
-/// not mounted is no error.
+/// Where a restore mounts the root file system for CRIU; left there by a shim that died in one.
+const RESTORE_ROOT: &str = "criu-root";
+
+/// Unmounts all that is mounted on the bundle's `rootfs`, and what a restore may have left; at once, or lazily where
+/// something still uses it. What is not mounted is no error. Nothing may stay mounted: containerd removes the bundle
+/// with all that is below it.
 ///
 /// # Errors
 /// [`RootfsError::Unmount`].
 pub fn unmount(bundle: &Path) -> Result<(), RootfsError> {
-    let target = path(bundle);
-    let plain = umount_recursive(target.to_str(), 0);
-    if plain.is_ok() {
-        return Ok(());
+    for target in [bundle.join(RESTORE_ROOT), path(bundle)] {
+        if umount_recursive(target.to_str(), 0).is_ok() {
+            continue;
+        }
+        match rustix::mount::unmount(&target, UnmountFlags::DETACH) {
+            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+            Err(errno) => return Err(RootfsError::Unmount { target, source: errno.into() }),
+        }
     }
-    match rustix::mount::unmount(&target, UnmountFlags::DETACH) {
-        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Ok(()),
-        Err(errno) => Err(RootfsError::Unmount { target, source: errno.into() }),
-    }
+    Ok(())
 }
 
 #[cfg(test)]

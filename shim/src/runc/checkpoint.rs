@@ -230,22 +230,29 @@ impl RuncContainer {
                 _ => command.stderr(end),
             };
         }
-        let mark = self.reaper.mark();
-        let outcome = self.run_runc("restore", command, &work, "restore.log").await;
-        if let Err(error) = outcome {
+        let restored = async {
+            let mark = self.reaper.mark();
+            self.run_runc("restore", command, &work, "restore.log").await?;
+            let pid = process::read_pid(&pid_file)?;
+            let exit = self.reaper.claim(pid, mark);
+            let console = match console {
+                Some(socket) => Some(socket.receive().await.map_err(failed)?),
+                None => None,
+            };
+            Ok((pid, exit, console))
+        };
+        let restored = restored.await;
+        if restored.is_err() {
             // Nothing of a half-restored container may be left; the image stays.
-            if let Err(error) = self.cgroup.kill() {
+            let killed = async {
+                self.cgroup.kill()?;
+                self.cgroup.wait_unpopulated(super::FREEZE).await
+            };
+            if let Err(error) = killed.await {
                 warn!(id = %self.id, %error, "after a failed restore");
             }
-            return Err(error);
         }
-        let pid = process::read_pid(&pid_file)?;
-        let exit = self.reaper.claim(pid, mark);
-        let console = match console {
-            Some(socket) => Some(socket.receive().await.map_err(failed)?),
-            None => None,
-        };
-        Ok((pid, exit, console))
+        restored
     }
 }
 

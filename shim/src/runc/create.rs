@@ -13,6 +13,7 @@ use runc::{
     Runc,
     options::{CreateOpts, DeleteOpts, GlobalOpts},
 };
+use rustix::process::Pid;
 use tracing::{info, warn};
 
 use super::{
@@ -98,7 +99,7 @@ struct Making<'a> {
 }
 
 impl Making<'_> {
-    async fn create(&self, io: &Arc<ProcessIo>) -> Result<(rustix::process::Pid, ExitWatch), RuntimeError> {
+    async fn create(&self, io: &Arc<ProcessIo>) -> Result<(ProcessHandle, Pid, ExitWatch), RuntimeError> {
         let CreateConfig { id, bundle, stdio, .. } = self.config;
         let console = if stdio.terminal { Some(ConsoleSocket::new().map_err(failed)?) } else { None };
         let pid_file = bundle.join(INIT_PID);
@@ -114,16 +115,21 @@ impl Making<'_> {
         outcome.map_err(|error| runc_error("create", error, &bundle.join(RUNC_LOG)))?;
         let pid = process::read_pid(&pid_file)?;
         let exit = self.reaper.claim(pid, mark);
+        // At once: nothing is reaped in between, so the pid is still its own.
+        let handle = ProcessHandle::open(pid);
         if let Some(console) = console {
             io.attach_console(console.receive().await.map_err(failed)?).map_err(failed)?;
         }
-        Ok((pid, exit))
+        Ok((handle, pid, exit))
     }
 
-    async fn undo(&self) {
+    async fn undo(&self, error: &RuntimeError) {
         let CreateConfig { id, bundle, .. } = self.config;
-        // Mostly there is nothing yet; runc says so, and that is no news.
-        let _ = self.runc.delete(id, Some(&DeleteOpts { force: true })).await;
+        // A container of this id that is not ours must live.
+        if !error.to_string().contains("already exists") {
+            // Mostly there is nothing yet; runc says so, and that is no news.
+            let _ = self.runc.delete(id, Some(&DeleteOpts { force: true })).await;
+        }
         if let Err(error) = rootfs::unmount(bundle) {
             warn!(%id, %error, "after a failed create");
         }
@@ -155,14 +161,14 @@ impl RuntimeFactory for RuncFactory {
             let io = ProcessIo::open(&config.stdio, &logger, &self.reaper)
                 .await
                 .map_err(|error| invalid(&error))?;
-            let (pid, exit) = making.create(&io).await?;
+            let (init, pid, exit) = making.create(&io).await?;
             let cgroup = Cgroup::of_pid(pid).map_err(precondition)?;
-            Ok((io, pid, exit, cgroup))
+            Ok((io, init, pid, exit, cgroup))
         };
-        let (io, pid, exit, cgroup) = match made.await {
+        let (io, init, pid, exit, cgroup) = match made.await {
             Ok(made) => made,
             Err(error) => {
-                making.undo().await;
+                making.undo(&error).await;
                 return Err(error);
             }
         };
@@ -182,7 +188,7 @@ impl RuntimeFactory for RuncFactory {
             cgroup,
             io,
             inner: Mutex::new(Inner {
-                init: ProcessHandle::open(pid),
+                init,
                 execs: HashMap::new(),
                 last_pids: Vec::new(),
                 image: None,

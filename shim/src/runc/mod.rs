@@ -43,7 +43,8 @@ use crate::{
 const DRAIN: Duration = Duration::from_secs(2);
 /// How long a cgroup may take to stand still.
 const FREEZE: Duration = Duration::from_secs(2);
-/// The exit code and signal of a kill.
+/// How often an image that is in use is asked whether it still is.
+const IN_USE: Duration = Duration::from_millis(200);
 const SIGKILL: u32 = 9;
 
 /// A container made by runc.
@@ -152,14 +153,34 @@ impl RuncContainer {
         self.bundle.join(create::RUNC_LOG)
     }
 
-    /// Gives runc the limits that were changed while there was no process for it.
-    async fn catch_up(&self) {
+    /// Gives runc the limits that were changed while there was no process for it. Nobody waits for that: they hold.
+    fn catch_up(&self) {
         let updates = std::mem::take(&mut self.lock().updates);
-        for resources in &updates {
-            if let Err(error) = self.runc.update(&self.id, resources).await {
-                let error = runc_error("update", error, &self.runc_log());
-                warn!(id = %self.id, %error, "limits hold, but runc could not be told");
+        if updates.is_empty() {
+            return;
+        }
+        let (runc, id, log) = (self.runc.clone(), self.id.clone(), self.runc_log());
+        tokio::spawn(async move {
+            for resources in &updates {
+                if let Err(error) = runc.update(&id, resources).await {
+                    let error = runc_error("update", error, &log);
+                    warn!(%id, %error, "limits hold, but runc could not be told");
+                }
             }
+        });
+    }
+
+    /// Sees to it that runc knows the init process, should that have failed after the wake.
+    fn introduce_init(&self) -> Result<(), RuntimeError> {
+        let Some(init) = self.lock().init.raw() else { return Ok(()) };
+        let path = self.state_file();
+        let known = state_file::StateFile::read(&path).map(|state| state.init_pid());
+        match known {
+            Ok(known) if known != i64::from(init.as_raw_nonzero().get()) => {
+                state_file::update(&path, init).map_err(failed)
+            }
+            // Of an unknown kind: then runc itself restores, and knows.
+            _ => Ok(()),
         }
     }
 
@@ -179,17 +200,18 @@ impl RuncContainer {
             console_socket: console.as_ref().map(|socket| socket.path().to_owned()),
             detach: true,
         };
+        self.introduce_init()?;
         let mark = self.reaper.mark();
         let outcome = self.runc.exec(&self.id, &spec, Some(&options)).await;
         io.started();
         outcome.map_err(|error| runc_error("exec", error, &self.runc_log()))?;
         let pid = process::read_pid(&pid_file)?;
         let exit = self.reaper.claim(pid, mark);
+        // At once: nothing is reaped in between, so the pid is still its own. It may be gone already.
+        let handle = ProcessHandle::open(pid);
         if let Some(console) = console {
             io.attach_console(console.receive().await.map_err(failed)?).map_err(failed)?;
         }
-        // It may be gone already; its exit is known then.
-        let handle = ProcessHandle::open(pid);
         Ok((handle, process::of(pid, exit)))
     }
 }
@@ -264,7 +286,10 @@ impl Runtime for RuncContainer {
         }
         let settings =
             limits::settings(resources).map_err(|error| RuntimeError::InvalidArgument(error.to_string()))?;
-        limits::apply(self.cgroup.path(), &settings).map_err(precondition)?;
+        // To lower a memory limit the kernel reclaims, and takes its time.
+        let cgroup = self.cgroup.path().to_owned();
+        let applied = tokio::task::spawn_blocking(move || limits::apply(&cgroup, &settings)).await;
+        applied.map_err(failed)?.map_err(precondition)?;
         self.lock().updates.push(resources.clone());
         Ok(())
     }
@@ -278,7 +303,7 @@ impl Runtime for RuncContainer {
     async fn thaw(&self) -> Result<(), RuntimeError> {
         self.cgroup.thaw().await.map_err(failed)?;
         self.io.set_asleep(false);
-        self.catch_up().await;
+        self.catch_up();
         Ok(())
     }
 
@@ -288,7 +313,7 @@ impl Runtime for RuncContainer {
 
     async fn restore(&self) -> Result<Restored, RuntimeError> {
         let restored = self.wake_up().await?;
-        self.catch_up().await;
+        self.catch_up();
         Ok(restored)
     }
 
@@ -300,10 +325,18 @@ impl Runtime for RuncContainer {
         let Some(SleepImage { kind, network }) = self.lock().image.take() else { return };
         drop(network);
         let id = self.id.clone();
-        // A large file takes its time to go.
-        tokio::task::spawn_blocking(move || {
-            let (ImageKind::Direct(image) | ImageKind::Runc(image)) = kind;
-            let removed = Arc::try_unwrap(image).map(Image::remove);
+        let (ImageKind::Direct(mut image) | ImageKind::Runc(mut image)) = kind;
+        tokio::spawn(async move {
+            // A checkpoint for a client may still be copying it.
+            let image = loop {
+                match Arc::try_unwrap(image) {
+                    Ok(image) => break image,
+                    Err(shared) => image = shared,
+                }
+                tokio::time::sleep(IN_USE).await;
+            };
+            // A large file takes its time to go.
+            let removed = tokio::task::spawn_blocking(move || image.remove()).await;
             if let Ok(Err(error)) = removed {
                 warn!(%id, %error, "an image that is no longer needed stays on the disk");
             }
@@ -338,9 +371,17 @@ impl Runtime for RuncContainer {
                 }
             }
         }
-        rootfs::unmount(&self.bundle).map_err(failed)?;
         self.lock().image = None;
-        sleep::remove_images(&self.options.image_dir, &self.namespace, &self.id)?;
+        let (root, namespace, id) = (self.options.image_dir.clone(), self.namespace.clone(), self.id.clone());
+        let bundle = self.bundle.clone();
+        let removed = tokio::task::spawn_blocking(move || {
+            // A store in trouble must not keep the container from being deleted, and its pod from ending.
+            if let Err(error) = sleep::remove_images(&root, &namespace, &id) {
+                warn!(%id, %error, "images stay on the disk");
+            }
+            rootfs::unmount(&bundle)
+        });
+        removed.await.map_err(failed)?.map_err(failed)?;
         info!(id = %self.id, "deleted");
         Ok(())
     }

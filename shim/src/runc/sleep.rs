@@ -12,7 +12,7 @@ use criu_hooks::{
     container::Container,
     criu::HookError,
     engine::{DumpError, DumpHooks, DumpOptions, InheritFd, RestoreHooks, RestoreOptions},
-    image::{self, Expected, Image, Store},
+    image::{self, Expected, Image, ImageWriter, Store},
     preflight::Preflight,
 };
 use rustix::process::Pid;
@@ -103,15 +103,23 @@ impl RuncContainer {
 
     pub(super) async fn put_to_sleep(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
         let outcome = self.freeze_and_dump(veto).await;
-        if outcome.is_err() {
-            // Also when it failed before the engine had a hand in it.
-            self.cgroup.thaw().await.map_err(failed)?;
+        if let Err(error) = &outcome {
             self.io.abort_dump();
+            // Also when it failed before the engine had a hand in it.
+            if let Err(thaw) = self.cgroup.thaw().await {
+                warn!(id = %self.id, %error, %thaw, "it could not be thawed after a sleep that failed");
+            }
         }
         outcome
     }
 
     async fn freeze_and_dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
+        if self.options.systemd_cgroup {
+            return Err(precondition(
+                "with systemd_cgroup the container's scope would end with its processes, and its limits with it: \
+                 it can sleep frozen, or with the cgroupfs driver",
+            ));
+        }
         let criu = self
             .criu
             .get_or_try_init(async || Preflight::new(self.engine.criu(), &self.reaper).version().await)
@@ -120,9 +128,7 @@ impl RuncContainer {
         let engine = self.engine.clone().with_versions(&criu.to_string(), "");
         let container = self.for_engine()?;
         let init = self.lock().init.raw().ok_or_else(|| failed("there is no init process"))?;
-        let store = Store::open(&self.options.image_dir).map_err(|error| store_error(&error))?;
-        store.sweep_incomplete(&self.namespace, &self.id).map_err(|error| store_error(&error))?;
-        let writer = store.begin(&self.namespace, &self.id, None).map_err(|error| store_error(&error))?;
+        let writer = self.begin_image().await?;
         let pids: Vec<u32> = self.cgroup.procs().map_err(failed)?.into_iter().map(process::number).collect();
         let frozen = Instant::now();
         self.cgroup.freeze(FREEZE).await.map_err(precondition)?;
@@ -156,6 +162,17 @@ impl RuncContainer {
         inner.last_pids = pids;
         inner.image = Some(SleepImage { kind, network });
         Ok(report)
+    }
+
+    /// A new image on the disk, without what earlier failures have left.
+    async fn begin_image(&self) -> Result<ImageWriter, RuntimeError> {
+        let (root, namespace, id) = (self.options.image_dir.clone(), self.namespace.clone(), self.id.clone());
+        let begun = tokio::task::spawn_blocking(move || {
+            let store = Store::open(&root)?;
+            store.sweep_incomplete(&namespace, &id)?;
+            store.begin(&namespace, &id, None)
+        });
+        begun.await.map_err(failed)?.map_err(|error| store_error(&error))
     }
 
     pub(super) async fn wake_up(&self) -> Result<Restored, RuntimeError> {
@@ -212,7 +229,7 @@ impl RuncContainer {
         Ok((restored.pid, exit, restored.console))
     }
 
-    fn state_file(&self) -> std::path::PathBuf {
+    pub(super) fn state_file(&self) -> std::path::PathBuf {
         state_file::path(&self.options.runc_root, &self.namespace, &self.id)
     }
 }
