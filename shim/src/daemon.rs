@@ -124,7 +124,11 @@ impl Shim for Daemon {
             if let Err(error) = socket::remove(root, &self.namespace, &group) {
                 warn!(%error, "the control socket stays behind");
             }
-            server.disconnect().await;
+            // To disconnect alone would wait ten seconds for the listener, and a container of the same id that is
+            // started meanwhile would get this shim, which is going away.
+            if let Err(error) = server.shutdown().await {
+                warn!(%error, "the control server did not end by itself");
+            }
         }
         // The crate finds its address in the bundle, which containerd has removed by now.
         if let Err(error) = std::fs::remove_file(self.socket.trim_start_matches("unix://")) {
