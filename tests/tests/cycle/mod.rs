@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use agentcube_tests::images::Image;
 use agentcube_tests::node::{Agent, AgentSpec, Node, NodeOptions, Runtime};
+use containerd_shim::protos::{shim_async::TaskClient, ttrpc};
 use serde_json::Value;
 
 /// For what takes a moment, on a machine that is busy with other things.
@@ -126,6 +127,29 @@ fn around(output: &str, at: usize) -> Vec<&str> {
 /// Waits until a detached counter has counted on by `more` lines; gives back how far it is.
 pub fn counts_on(node: &Node, agent: &Agent, more: usize) -> usize {
     let before = counted(&agent.log().unwrap());
-    node.wait_until("the counter to go on", SOON, || Ok(agent.log()?.lines().count() > before + more)).unwrap();
+    node.wait_until("the counter to go on", SOON, || Ok(agent.log()?.lines().count() > before + more))
+        .unwrap();
     counted(&agent.log().unwrap())
+}
+
+/// Calls the Task API of an agent's shim, past containerd: for what `ctr` has no command for, or checks by itself.
+pub fn shim<T, F>(node: &Node, agent: &Agent, call: impl FnOnce(TaskClient) -> F) -> Result<T, ttrpc::Error>
+where
+    F: Future<Output = Result<T, ttrpc::Error>>,
+{
+    let bundle = inspect(node, agent)["bundle"].as_str().unwrap().to_owned();
+    let text = node.read_file(&format!("{bundle}/bootstrap.json")).unwrap();
+    let bootstrap: Value = serde_json::from_str(&text).unwrap();
+    let path = bootstrap["address"].as_str().unwrap().strip_prefix("unix://").unwrap();
+    let address = format!("unix:///proc/{}/root{path}", node.entrance().init);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let client = ttrpc::asynchronous::Client::connect(&address).await.unwrap();
+        call(TaskClient::new(client)).await
+    })
+}
+
+/// How long a call of [`shim`] may take.
+pub fn patience() -> ttrpc::context::Context {
+    ttrpc::context::with_duration(SOON)
 }
