@@ -1,6 +1,10 @@
 //! The shim as containerd runs it: the actions `start` and `delete`, and the server in between.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use agentcube_control::{server, socket};
 use async_trait::async_trait;
@@ -27,6 +31,9 @@ use crate::{
 /// Carries the log level from `start`, which gets the options, to the server.
 const LOG_LEVEL: &str = "AGENTCUBE_LOG_LEVEL";
 
+/// How long the last events may take to reach containerd when the shim ends.
+const FAREWELL: Duration = Duration::from_secs(2);
+
 /// One invocation of the shim's binary.
 pub struct Daemon {
     id: String,
@@ -37,6 +44,7 @@ pub struct Daemon {
     bundle: PathBuf,
     containers: Containers,
     exit: Arc<ExitSignal>,
+    events: OnceLock<EventSink>,
 }
 
 impl Daemon {
@@ -72,6 +80,7 @@ impl Shim for Daemon {
             bundle: std::env::current_dir().unwrap_or_default(),
             containers: Containers::default(),
             exit: Arc::new(ExitSignal::default()),
+            events: OnceLock::new(),
         }
     }
 
@@ -120,15 +129,22 @@ impl Shim for Daemon {
             warn!(%error, "no control socket: agents of this shim can be woken, but not put to sleep");
         }
         self.exit.wait().await;
+        // At once, so that nobody finds this shim any more: a container of the same id may be started already. The
+        // crate looks for its address in the bundle, which containerd removes meanwhile.
+        if let Err(error) = std::fs::remove_file(self.socket.trim_start_matches("unix://")) {
+            warn!(%error, "the socket of the Task API stays behind");
+        }
         if let Ok(mut server) = serving {
             if let Err(error) = socket::remove(root, &self.namespace, &group) {
                 warn!(%error, "the control socket stays behind");
             }
-            server.disconnect().await;
+            // To disconnect alone would wait ten seconds for the listener.
+            if let Err(error) = server.shutdown().await {
+                warn!(%error, "the control server did not end by itself");
+            }
         }
-        // The crate finds its address in the bundle, which containerd has removed by now.
-        if let Err(error) = std::fs::remove_file(self.socket.trim_start_matches("unix://")) {
-            warn!(%error, "the socket of the Task API stays behind");
+        if let Some(events) = self.events.get() {
+            events.forwarded(FAREWELL).await;
         }
     }
 
@@ -137,7 +153,8 @@ impl Shim for Daemon {
         logging::init(&self.bundle, if self.debug { "debug" } else { &level }, &self.namespace, &self.id);
         info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "the shim serves");
         let (sink, receiver) = EventSink::channel();
-        tokio::spawn(events::forward(publisher, self.namespace.clone(), receiver));
+        tokio::spawn(events::forward(publisher, self.namespace.clone(), receiver, sink.pending()));
+        let _ = self.events.set(sink.clone());
         let reaper = Reaper::start().expect("a tokio runtime with signals is running");
         let factory = Arc::new(RuncFactory::new(reaper, sink.clone()));
         TaskService::new(&self.namespace, self.containers.clone(), factory, sink, self.exit.clone())

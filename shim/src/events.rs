@@ -1,6 +1,9 @@
 //! Task events on their way to containerd, in the order in which they happened.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use containerd_shim::{
     event::Event,
@@ -10,7 +13,7 @@ use containerd_shim::{
     },
     publisher::RemotePublisher,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::warn;
 
 /// One event with its topic.
@@ -21,19 +24,38 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where a container's actor puts its events. Never waits.
 #[derive(Clone)]
-pub struct EventSink(mpsc::UnboundedSender<TopicAndEvent>);
+pub struct EventSink {
+    sender: mpsc::UnboundedSender<TopicAndEvent>,
+    pending: Pending,
+}
+
+/// How many events are on their way to containerd.
+pub type Pending = Arc<watch::Sender<usize>>;
 
 impl EventSink {
     /// A sink and the end that its events come out of.
     pub fn channel() -> (Self, mpsc::UnboundedReceiver<TopicAndEvent>) {
         let (sender, receiver) = mpsc::unbounded_channel();
-        (Self(sender), receiver)
+        (Self { sender, pending: Pending::default() }, receiver)
     }
 
     /// Publishes `event`.
     pub fn publish(&self, event: impl Event) {
         // The forwarder lives as long as the shim; when it is gone nobody is left to be told.
-        let _ = self.0.send((event.topic(), Box::new(event)));
+        self.pending.send_modify(|pending| *pending += 1);
+        let _ = self.sender.send((event.topic(), Box::new(event)));
+    }
+
+    /// What [`forward`] counts down.
+    pub fn pending(&self) -> Pending {
+        self.pending.clone()
+    }
+
+    /// Waits until [`forward`] has seen to all events so far, for `limit` at most.
+    pub async fn forwarded(&self, limit: Duration) {
+        let mut pending = self.pending.subscribe();
+        // What could not be told in time is lost with the shim.
+        let _ = tokio::time::timeout(limit, pending.wait_for(|pending| *pending == 0)).await;
     }
 }
 
@@ -42,12 +64,14 @@ pub async fn forward(
     publisher: RemotePublisher,
     namespace: String,
     mut events: mpsc::UnboundedReceiver<TopicAndEvent>,
+    pending: Pending,
 ) {
     while let Some((topic, event)) = events.recv().await {
         if let Err(error) = publisher.publish(with_duration(PUBLISH_TIMEOUT), &topic, &namespace, event).await
         {
             warn!(%topic, %error, "cannot publish an event to containerd");
         }
+        pending.send_modify(|pending| *pending -= 1);
     }
 }
 

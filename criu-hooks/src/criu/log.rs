@@ -118,8 +118,8 @@ impl Cause {
     pub fn advice(self) -> &'static str {
         match self {
             Cause::IoUring => {
-                "a process uses io_uring, which cannot be checkpointed; use a shallower depth, or turn it off \
-                 (UV_USE_IO_URING=0 for node)"
+                "a process uses io_uring, which cannot be checkpointed; use a shallower depth, or keep the \
+                 process from it with a seccomp profile such as RuntimeDefault"
             }
             Cause::FileWatch => {
                 "a process watches files of the container's root file system, which cannot be checkpointed on \
