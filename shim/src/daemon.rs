@@ -145,7 +145,10 @@ impl Shim for Daemon {
             if let Err(error) = socket::remove(root, &self.namespace, &group) {
                 warn!(%error, "the control socket stays behind");
             }
-            server.disconnect().await;
+            // Not only `disconnect`: that waits for the listener, too, and for ten seconds in vain.
+            if let Err(error) = server.shutdown().await {
+                warn!(%error, "the control service did not end well");
+            }
         }
         // The crate finds its address in the bundle, which containerd has removed by now.
         if let Err(error) = std::fs::remove_file(self.socket.trim_start_matches("unix://")) {
