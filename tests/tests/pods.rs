@@ -5,6 +5,7 @@
 mod sleeper;
 
 use std::fs;
+use std::time::Duration;
 
 use agentcube_tests::images::Image;
 use agentcube_tests::node::{AgentSpec, Node, Runtime};
@@ -104,7 +105,8 @@ fn containers_of_a_pod_share_a_shim_and_sleep_and_wake_as_one() {
     assert_refused(&agentcube(&node, &["sleep", POD]), &["pause container", "never sleeps"]);
     assert_eq!(shims(&node), shim);
     pause.delete().unwrap();
-    node.wait_until("the shim to end", SOON, || Ok(shims(&node).is_empty())).unwrap();
+    // At once: what it waits for when it ends takes ten seconds to be given up.
+    node.wait_until("the shim to end", Duration::from_secs(5), || Ok(shims(&node).is_empty())).unwrap();
     node.wait_until_clean(&before, SOON).unwrap();
 }
 
