@@ -1,9 +1,10 @@
 //! The shim as containerd runs it: the actions `start` and `delete`, and the server in between.
 
 use std::{
-    path::PathBuf,
-    sync::{Arc, OnceLock},
-    time::Duration,
+    fs, io,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use agentcube_control::{server, socket};
@@ -63,6 +64,18 @@ pub fn config() -> Config {
     Config { no_reaper: true, no_setup_logger: true, ..Config::default() }
 }
 
+/// The file that holds the address of the Task API's socket, in the bundle.
+const ADDRESS: &str = "address";
+
+/// Removes the socket of a server that has died; one that listens, as for other containers of a pod, keeps its own.
+fn remove_dead_socket(address: &str) -> io::Result<()> {
+    let Some(path) = address.strip_prefix("unix://").map(Path::new) else { return Ok(()) };
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        _ => Ok(()),
+    }
+}
+
 fn other(error: impl std::fmt::Display) -> Error {
     Error::Other(error.to_string())
 }
@@ -95,7 +108,7 @@ impl Shim for Daemon {
         let group = bundle::group(&spec, &opts.id).to_owned();
         let level = options.log_level.to_string();
         let address = spawn(opts, &group, vec![(LOG_LEVEL, level.as_str())]).await?;
-        write_str_to_file("address", &address).await?;
+        write_str_to_file(ADDRESS, &address).await?;
         Ok(address)
     }
 
@@ -107,6 +120,10 @@ impl Shim for Daemon {
             && let Err(error) = socket::remove(socket::DEFAULT_ROOT.as_ref(), &self.namespace, &group)
         {
             eprintln!("the control socket of {group} stays behind: {error}");
+        }
+        let address = fs::read_to_string(self.bundle.join(ADDRESS)).unwrap_or_default();
+        if let Err(error) = remove_dead_socket(&address) {
+            eprintln!("the socket {address} stays behind: {error}");
         }
         Ok(DeleteResponse {
             pid: ended.pid,
@@ -138,9 +155,9 @@ impl Shim for Daemon {
             if let Err(error) = socket::remove(root, &self.namespace, &group) {
                 warn!(%error, "the control socket stays behind");
             }
-            // To disconnect alone would wait ten seconds for the listener.
+            // Not only `disconnect`: that waits for the listener, too, and for ten seconds in vain.
             if let Err(error) = server.shutdown().await {
-                warn!(%error, "the control server did not end by itself");
+                warn!(%error, "the control service did not end well");
             }
         }
         if let Some(events) = self.events.get() {
@@ -158,5 +175,29 @@ impl Shim for Daemon {
         let reaper = Reaper::start().expect("a tokio runtime with signals is running");
         let factory = Arc::new(RuncFactory::new(reaper, sink.clone()));
         TaskService::new(&self.namespace, self.containers.clone(), factory, sink, self.exit.clone())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn only_the_socket_of_a_server_that_has_died_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let address = format!("unix://{}", path.display());
+        let listener = UnixListener::bind(&path).unwrap();
+        remove_dead_socket(&address).unwrap();
+        assert!(path.exists());
+        drop(listener);
+        remove_dead_socket(&address).unwrap();
+        assert!(!path.exists());
+        for nothing in ["", "unix:///nonexistent/s", &address] {
+            remove_dead_socket(nothing).unwrap();
+        }
     }
 }

@@ -18,7 +18,8 @@ use std::{
 
 use protobuf::Message;
 use rustix::{
-    io::FdFlags,
+    io::{Errno, FdFlags},
+    mount::{MountPropagationFlags, mount_change},
     net::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
         SocketFlags, SocketType,
@@ -97,6 +98,8 @@ pub struct Launch<'a> {
     pub cgroup: Option<&'a Cgroup>,
     /// CRIU makes its cgroup the root of a new cgroup namespace: what it restores then sees nothing above it.
     pub new_cgroup_namespace: bool,
+    /// CRIU mounts what it needs where nobody else sees it, and where it goes with CRIU even when that is killed.
+    pub new_mount_namespace: bool,
     /// Namespaces that CRIU joins before it runs.
     pub join: Vec<(OwnedFd, LinkNameSpaceType)>,
     /// Descriptors that CRIU inherits under the numbers that they have here.
@@ -106,7 +109,14 @@ pub struct Launch<'a> {
 impl<'a> Launch<'a> {
     /// A CRIU that runs as its caller does.
     pub fn new(binary: &'a Path) -> Launch<'a> {
-        Launch { binary, cgroup: None, new_cgroup_namespace: false, join: Vec::new(), inherit: Vec::new() }
+        Launch {
+            binary,
+            cgroup: None,
+            new_cgroup_namespace: false,
+            new_mount_namespace: false,
+            join: Vec::new(),
+            inherit: Vec::new(),
+        }
     }
 }
 
@@ -151,7 +161,9 @@ impl Session {
         let mut inherited = launch.inherit;
         inherited.push(theirs);
         let join = launch.join;
-        let unshare = launch.new_cgroup_namespace.then_some(UnshareFlags::NEWCGROUP);
+        let mut unshare = UnshareFlags::empty();
+        unshare.set(UnshareFlags::NEWCGROUP, launch.new_cgroup_namespace);
+        unshare.set(UnshareFlags::NEWNS, launch.new_mount_namespace);
         let enter = move || enter(procs.as_ref(), unshare, &join, &inherited);
         // SAFETY: the closure runs in the child between fork and exec; it makes system calls only, on descriptors
         // that it owns, and neither allocates nor locks.
@@ -316,7 +328,7 @@ impl Drop for Session {
 /// What the child does between fork and exec. System calls only.
 fn enter(
     procs: Option<&OwnedFd>,
-    unshare: Option<UnshareFlags>,
+    unshare: UnshareFlags,
     join: &[(OwnedFd, LinkNameSpaceType)],
     inherited: &[OwnedFd],
 ) -> io::Result<()> {
@@ -326,9 +338,18 @@ fn enter(
     if let Some(procs) = procs {
         rustix::io::write(procs, b"0")?;
     }
-    if let Some(flags) = unshare {
-        // SAFETY: the flags name namespaces only, so no memory, descriptor table or working directory changes.
-        unsafe { rustix::thread::unshare_unsafe(flags)? };
+    if !unshare.is_empty() {
+        // SAFETY: the flags name namespaces only, so no memory or descriptor table changes.
+        unsafe { rustix::thread::unshare_unsafe(unshare)? };
+    }
+    if unshare.contains(UnshareFlags::NEWNS) {
+        // Only where CRIU mounts for itself, which is in /tmp: volumes elsewhere keep what they share with the host.
+        mount_change(c"/", MountPropagationFlags::DOWNSTREAM)?;
+        match mount_change(c"/tmp", MountPropagationFlags::DOWNSTREAM) {
+            // It is no mount of its own.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
     for descriptor in inherited {
         rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;

@@ -201,7 +201,14 @@ impl Engine {
         match (outcome, notify.refusal) {
             (Ok(Ok(_)), _) => {}
             (Ok(Err(_)), Some(refusal)) => return Err(refusal),
-            (Ok(Err(error)), None) => return Err(failed(error)),
+            (Ok(Err(error)), None) => {
+                let failure = Failure::new(error, writer.work_dir(), LOG);
+                // On a full disk there is no room for the reason in CRIU's log either.
+                if !failure.is_explained() {
+                    writer.check_space()?;
+                }
+                return Err(DumpError::Criu(failure));
+            }
             (Err(_elapsed), _) => {
                 let reason = criu::log::read_reason(writer.work_dir(), LOG).unwrap_or_default();
                 return Err(DumpError::Timeout { after: options.timeout, reason });

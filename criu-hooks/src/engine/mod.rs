@@ -124,6 +124,11 @@ impl std::fmt::Display for Failure {
 }
 
 impl Failure {
+    /// Whether it is known what it comes from.
+    fn is_explained(&self) -> bool {
+        self.reason.as_ref().is_some_and(|reason| reason.cause != log::Cause::Other)
+    }
+
     /// Looks for the reason of `error` in the log `name` of `directory`.
     fn new(error: criu::Error, directory: impl std::os::fd::AsFd, name: &str) -> Failure {
         let reason = match &error {

@@ -206,6 +206,7 @@ impl Engine {
     ) -> Result<(Pid, Option<OwnedFd>), RestoreError> {
         let mut launch = Launch::new(&self.criu);
         launch.cgroup = Some(&container.cgroup);
+        launch.new_mount_namespace = true;
         launch.new_cgroup_namespace = container.namespaces.cgroup != Namespace::Inherited;
         let mut request = request(Criu_req_type::RESTORE, LOG, options.log_level, options.timeout);
         let opts = request.opts.mut_or_insert_default();

@@ -34,6 +34,8 @@ pub(crate) use writer::Revoker;
 pub const IMAGES: &str = "img";
 /// The directory of a generation that holds CRIU's logs.
 pub const WORK: &str = "work";
+/// Space that is left on the disk beside an image.
+const SPARE: u64 = 1024 * 1024;
 /// The file whose presence makes an image complete.
 const MANIFEST: &str = "manifest.json";
 

@@ -12,13 +12,10 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Error, IMAGES, Image, ImageWriter, MANIFEST, MAX_MANIFEST, Manifest, WORK, directory};
+use super::{Error, IMAGES, Image, ImageWriter, MANIFEST, MAX_MANIFEST, Manifest, SPARE, WORK, directory};
 
 /// How often a new generation is tried while somebody else removes the directories above it or takes its number.
 const ATTEMPTS: u64 = 16;
-
-/// Space that is left on the disk beside an image.
-const SPARE: u64 = 1024 * 1024;
 
 /// All images of a node, or those that one program keeps.
 #[derive(Debug)]

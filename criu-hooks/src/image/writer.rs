@@ -15,8 +15,8 @@ use rustix::{
 };
 
 use super::{
-    Error, Facts, FileEntry, IMAGES, Image, MANIFEST, MANIFEST_VERSION, Manifest, WORK, digest_of, directory,
-    manifest::is_pages,
+    Error, Facts, FileEntry, IMAGES, Image, MANIFEST, MANIFEST_VERSION, Manifest, SPARE, WORK, digest_of,
+    directory, manifest::is_pages,
 };
 
 /// The name of a manifest that is not yet whole.
@@ -103,6 +103,19 @@ impl ImageWriter {
     /// Where CRIU writes its logs.
     pub fn work_dir(&self) -> BorrowedFd<'_> {
         self.generation.work.as_fd()
+    }
+
+    /// Checks that there is still space beside the image.
+    ///
+    /// # Errors
+    /// [`Error::Full`].
+    pub(crate) fn check_space(&self) -> Result<(), Error> {
+        let path = self.path();
+        let free = directory::free_bytes(path).map_err(|source| Error::io("measure", path, source))?;
+        if free < SPARE {
+            return Err(Error::Full { path: path.to_owned(), free, needed: None });
+        }
+        Ok(())
     }
 
     /// Whether the manifest is there.
