@@ -153,6 +153,15 @@ impl Agent {
         more
     }
 
+    /// Holds the network namespace open, for dumps whose report is lost.
+    pub fn keep_network(&mut self) {
+        self.network = Some(
+            fs::File::open(format!("/proc/{}/ns/net", self.pid))
+                .unwrap()
+                .into(),
+        );
+    }
+
     pub async fn dump(&mut self) -> Result<DumpReport, DumpError> {
         self.dump_with(&DumpOptions::default()).await
     }
@@ -164,7 +173,7 @@ impl Agent {
             .dump(&self.container, self.pid, &writer, options, &mut NoHooks)
             .await;
         result.map(|mut report| {
-            self.network = report.network.take();
+            self.network = report.network.take().or(self.network.take());
             reap(self.pid);
             report
         })
@@ -250,7 +259,8 @@ impl Agent {
     /// Ends the container and removes what runc keeps of it.
     pub fn delete(&self) {
         let _ = self.container.cgroup.kill();
-        reap(self.pid);
+        // A container's first process does not end before what runc has put beside it is reaped too.
+        while procfs::stat(self.pid).is_ok() && waitid(WaitId::All, WaitIdOptions::EXITED).is_ok() {}
         let _ = Command::new(RUNC).args(["delete", "--force", &self.id]).output();
     }
 }
