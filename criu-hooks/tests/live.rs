@@ -14,6 +14,7 @@ mod state_file;
 use std::{
     fs,
     os::fd::OwnedFd,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -334,15 +335,44 @@ on_a_node!(
     }
 );
 
-/// Kills each CRIU that it starts, after a while.
-struct Killer(Duration);
+/// When to kill.
+#[derive(Clone)]
+enum When {
+    /// So long after the start.
+    After(Duration),
+    /// As soon as the files of this directory have so many bytes.
+    Grown(PathBuf, u64),
+}
+
+fn bytes_in(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| Some(entry.metadata().ok()?.len()))
+        .sum()
+}
+
+/// Kills each CRIU that it starts.
+struct Killer(When);
+
+impl Killer {
+    fn engine(when: When) -> Engine {
+        Engine::new("/usr/sbin/criu", std::sync::Arc::new(Killer(when)))
+    }
+}
 
 impl Spawner for Killer {
     fn spawn(&self, command: Command) -> std::io::Result<Child> {
         let child = LocalSpawner.spawn(command)?;
-        let (pidfd, after) = (child.pidfd.try_clone()?, self.0);
+        let (pidfd, when) = (child.pidfd.try_clone()?, self.0.clone());
         tokio::spawn(async move {
-            tokio::time::sleep(after).await;
+            match when {
+                When::After(after) => tokio::time::sleep(after).await,
+                When::Grown(path, bytes) => {
+                    while bytes_in(&path) < bytes {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
+                }
+            }
             let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
         });
         Ok(child)
@@ -377,38 +407,26 @@ on_a_node!(
             },
         );
         let mut last = agent.count_on(0, 5).await;
-        let mut broken_off = 0;
-        let mut whole = Duration::ZERO;
-        for _ in 0..2 {
-            whole = agent.dump().await.unwrap().total;
-            agent.restore().await.unwrap();
-            agent.image().remove().unwrap();
-            last = agent.count_on(last, 4).await;
-        }
-        println!("256 MiB: dump {whole:?}");
-        for percent in [40, 45, 50, 55, 60] {
-            let after = whole * percent / 100;
-            let engine = Engine::new("/usr/sbin/criu", std::sync::Arc::new(Killer(after)));
-            let kept = std::mem::replace(&mut agent.engine, engine);
-            let result = agent.dump().await;
+        for mebibytes in [20, 60, 100, 140] {
+            let images = PathBuf::from("/run/images/test/ballast/1/img");
+            let kept = std::mem::replace(
+                &mut agent.engine,
+                Killer::engine(When::Grown(images, mebibytes << 20)),
+            );
+            let error = agent.dump().await.unwrap_err();
             agent.engine = kept;
-            match result {
-                Err(error) => {
-                    broken_off += 1;
-                    assert!(matches!(error, DumpError::Criu(_)), "after {after:?}: {error}");
-                    assert!(error.to_string().contains("signal 9"), "after {after:?}: {error}");
-                    assert!(agent.store.latest(NAMESPACE, "ballast").unwrap().is_none());
-                }
-                // Faster than the one before.
-                Ok(_) => {
-                    agent.restore().await.unwrap();
-                    agent.image().remove().unwrap();
-                }
-            }
+            assert!(
+                error.to_string().contains("signal 9"),
+                "at {mebibytes} MiB: {error}"
+            );
+            assert!(agent.store.latest(NAMESPACE, "ballast").unwrap().is_none());
             agent.assert_running();
             last = agent.count_on(last, 4).await;
         }
-        assert!(broken_off >= 2, "only {broken_off} dumps were broken off");
+        let whole = agent.dump().await.unwrap();
+        let restored = agent.restore().await.unwrap();
+        println!("256 MiB: dump {:?}, restore {:?}", whole.total, restored.total);
+        agent.count_on(last, 4).await;
         agent.delete();
     }
 );
@@ -470,10 +488,7 @@ on_a_node!(
         let before = Census::take();
         let mut broken_off = 0;
         for after in (0..30).step_by(2) {
-            let engine = Engine::new(
-                "/usr/sbin/criu",
-                std::sync::Arc::new(Killer(Duration::from_millis(after))),
-            );
+            let engine = Killer::engine(When::After(Duration::from_millis(after)));
             let kept = std::mem::replace(&mut agent.engine, engine);
             let result = agent.restore().await;
             agent.engine = kept;
@@ -1049,3 +1064,45 @@ for i in range(2, 1000000):
     agent.count_on(last, 10).await;
     agent.delete();
 });
+
+on_a_node!(
+    criu_killed_at_any_moment_never_leaves_the_agent_stuck,
+    async || {
+        // A CRIU that is killed while it puts its code into a process can take that process along: nothing that runs outside
+        // can undo what it has written to its registers. What must never be is an agent that neither runs nor has ended.
+        let (mut dumps, mut lost) = (0, 0);
+        for round in 0..4 {
+            let mut agent = Agent::start(&format!("counter{round}"), &Setup::default());
+            let mut last = agent.count_on(0, 5).await;
+            for after in (0..40).step_by(3) {
+                let killer = Killer::engine(When::After(Duration::from_millis(after)));
+                let kept = std::mem::replace(&mut agent.engine, killer);
+                let result = agent.dump().await;
+                agent.engine = kept;
+                dumps += 1;
+                if result.is_ok() {
+                    agent.restore().await.unwrap();
+                    agent.image().remove().unwrap();
+                }
+                assert!(!agent.container.cgroup.is_frozen().unwrap(), "after {after} ms");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                if !procfs::alive(agent.pid) {
+                    lost += 1;
+                    break;
+                }
+                let line = agent.line().await;
+                if line.contains("trap") {
+                    // A child of the shell was hit; the shell goes on.
+                    lost += 1;
+                } else {
+                    assert_eq!(line.parse(), Ok(last + 1));
+                    last += 1;
+                }
+                last = agent.count_on(last, 4).await;
+            }
+            agent.delete();
+        }
+        println!("{lost} processes ended in {dumps} dumps whose CRIU was killed");
+        assert!(lost * 4 <= dumps, "{lost} of {dumps}");
+    }
+);

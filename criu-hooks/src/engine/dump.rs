@@ -99,7 +99,7 @@ pub enum DumpError {
     /// The caller's hook called it off.
     #[error("the dump was called off: {0}")]
     Vetoed(HookError),
-    /// CRIU failed.
+    /// CRIU failed. When it was killed from outside in the middle of its work, a process may have ended with it.
     #[error("the dump failed: {0}")]
     Criu(Failure),
     /// CRIU did not come to an end.

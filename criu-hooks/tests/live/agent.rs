@@ -121,7 +121,8 @@ impl Agent {
         loop {
             if let Some((line, rest)) = self.seen.split_once('\n') {
                 let line = line.to_owned();
-                self.seen = rest.to_owned();
+                let rest = rest.to_owned();
+                self.seen = rest;
                 return line;
             }
             self.seen.push_str(&drain(&mut self.output.0));
@@ -271,7 +272,7 @@ pub fn reap(pid: Pid) {
 }
 
 fn drain(file: &mut fs::File) -> String {
-    let mut bytes = [0; 64 * 1024];
+    let mut bytes = vec![0; 64 * 1024];
     match file.read(&mut bytes) {
         Ok(length) => String::from_utf8_lossy(&bytes[..length]).into_owned(),
         Err(_) => String::new(),
