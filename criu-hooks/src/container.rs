@@ -118,6 +118,12 @@ pub enum Blocker {
         /// Its name.
         comm: String,
     },
+    /// A process waits for a child that it has started by `vfork`. It could not be stopped where CRIU needs it.
+    #[error("process {pid} has started a child that does not get to run its program")]
+    Forking {
+        /// The process.
+        pid: Pid,
+    },
     /// A process is in a cgroup of its own, which a restore would not bring back.
     #[error("process {pid} is in a cgroup below the container's")]
     NestedCgroup {
@@ -294,6 +300,17 @@ impl Container {
             .collect();
         sources.push((MASKED.to_owned(), "/dev/null".to_owned()));
         sources
+    }
+
+    /// A process of the container, all of it frozen, that waits in `vfork`.
+    ///
+    /// # Errors
+    /// When the cgroup is gone.
+    pub fn forking(&self) -> Result<Option<Pid>, cgroup::Error> {
+        let pids = self.cgroup.procs()?;
+        Ok(pids
+            .into_iter()
+            .find(|pid| procfs::is_forking(*pid).unwrap_or(false)))
     }
 
     /// What stands in the way of a dump of the live container, as far as a look at `/proc` shows. `init` is its first

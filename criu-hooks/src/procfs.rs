@@ -85,6 +85,25 @@ pub fn tracer(pid: Pid) -> io::Result<Option<Pid>> {
     Ok(None)
 }
 
+/// Whether a thread of `pid` waits for a child that it has started by `vfork` and that has not yet run its own program.
+/// Only to be asked of a process in a frozen cgroup: what is frozen otherwise is in an interruptible wait there, while
+/// such a one is in an uninterruptible wait, or runs the last steps towards it.
+///
+/// # Errors
+/// When the process is gone.
+pub fn is_forking(pid: Pid) -> io::Result<bool> {
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = fs::read(task?.path().join("stat"))
+            .ok()
+            .as_deref()
+            .and_then(parse_stat);
+        if stat.is_some_and(|stat| matches!(stat.state, 'D' | 'R')) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// The mounts that process `pid` sees.
 ///
 /// # Errors

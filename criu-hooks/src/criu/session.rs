@@ -222,13 +222,18 @@ impl Session {
     /// # Errors
     /// When the exit status cannot be had.
     pub async fn finish(mut self) -> io::Result<Exit> {
-        self.hang_up().await
+        self.hang_up(EXIT_TIMEOUT).await
     }
 
-    /// As [`Session::finish`], for a session that stays with its owner: it may be broken off and called again.
-    pub(crate) async fn hang_up(&mut self) -> io::Result<Exit> {
+    /// Ends the conversation, whatever CRIU is at, and waits for its end: with nobody to answer its next notification it
+    /// gives up by itself, and puts right what it has done to processes. One that has not ended after `patience` is
+    /// killed. May be broken off and called again.
+    ///
+    /// # Errors
+    /// When the exit status cannot be had.
+    pub async fn hang_up(&mut self, patience: Duration) -> io::Result<Exit> {
         rustix::net::shutdown(self.socket.get_ref(), rustix::net::Shutdown::Both).ok();
-        self.await_exit().await
+        self.await_exit(patience).await
     }
 
     /// Kills this CRIU and hands over the future of its end, for those who must act after it.
@@ -243,11 +248,11 @@ impl Session {
         }
     }
 
-    async fn await_exit(&mut self) -> io::Result<Exit> {
+    async fn await_exit(&mut self, patience: Duration) -> io::Result<Exit> {
         let Some(exit) = self.exit.as_mut() else {
             return Err(io::Error::other("CRIU's exit was already taken"));
         };
-        let result = if let Ok(result) = tokio::time::timeout(EXIT_TIMEOUT, &mut *exit).await {
+        let result = if let Ok(result) = tokio::time::timeout(patience, &mut *exit).await {
             result
         } else {
             pidfd_send_signal(&self.pidfd, Signal::KILL).ok();
@@ -311,7 +316,9 @@ impl Session {
 
     /// The error of a CRIU that closed its end.
     async fn death(&mut self) -> Error {
-        self.await_exit().await.map_or_else(Error::Socket, |exit| Error::Died { exit })
+        self.await_exit(EXIT_TIMEOUT)
+            .await
+            .map_or_else(Error::Socket, |exit| Error::Died { exit })
     }
 }
 

@@ -22,10 +22,12 @@ use crate::{
     },
     image::{self, Facts, ImageWriter, Revoker},
     procfs,
-    spawn::ExitFuture,
 };
 
 const LOG: &str = "dump.log";
+
+/// How long a process that was found in the middle of a `vfork` is left alone.
+const FORK_PAUSE: Duration = Duration::from_millis(1);
 
 /// How a dump is to be made.
 #[derive(Debug, Clone)]
@@ -97,7 +99,7 @@ pub enum DumpError {
     /// The caller's hook called it off.
     #[error("the dump was called off: {0}")]
     Vetoed(HookError),
-    /// CRIU failed.
+    /// CRIU failed. When it was killed from outside in the middle of its work, a process may have ended with it.
     #[error("the dump failed: {0}")]
     Criu(Failure),
     /// CRIU did not come to an end.
@@ -115,7 +117,8 @@ impl Engine {
     /// success no process is left in the cgroup (unless they are to run on), which stays, thawed.
     ///
     /// # Errors
-    /// See [`DumpError`]; on every one of them the processes run on, thawed, and the image is revoked.
+    /// See [`DumpError`]; on every one of them the processes run on, thawed, and the image is revoked. When the future
+    /// is dropped, the same happens in the background, as soon as CRIU has let go of them: in the time of a dump at most.
     pub async fn dump(
         &self,
         container: &Container,
@@ -131,41 +134,59 @@ impl Engine {
         let mut attempt = Attempt {
             cgroup: container.cgroup.clone(),
             session: None,
-            dying: None,
+            patience: options.timeout.saturating_add(DEATH_TIMEOUT),
             last_alive: None,
             revoker: Some(writer.revoker()),
             in_background: false,
         };
-        container.cgroup.freeze(options.freeze_timeout).await?;
-        let frozen = Instant::now();
-        let job = Job { container, init, writer, options };
+        let job = Job {
+            container,
+            init,
+            writer,
+            options,
+        };
         let mut report = DumpReport::default();
-        if let Err(error) = self.try_dump(&mut attempt, &job, hooks, frozen, &mut report).await {
+        let mut frozen = started;
+        if let Err(error) = self
+            .try_dump(&mut attempt, &job, hooks, &mut frozen, &mut report)
+            .await
+        {
             match attempt.settle().await {
                 End::RunsOn => return Err(error),
                 End::Dead => tracing::warn!(%error, "CRIU failed while it killed what it had dumped"),
             }
         }
-        if !options.leave_running {
-            empty(&container.cgroup).await?;
-        }
-        container.cgroup.thaw().await?;
         attempt.revoker = None;
+        let end = if options.leave_running {
+            Ok(())
+        } else {
+            empty(&container.cgroup).await
+        };
+        // The image is whole, so this is no failure of the dump.
+        if let Err(error) = end.and(container.cgroup.thaw().await) {
+            tracing::error!(%error, "the cgroup is not as it should be after a dump");
+        }
         report.stopped = frozen.elapsed();
         report.total = started.elapsed();
         Ok(report)
     }
 
-    /// From the frozen cgroup to CRIU's success.
+    /// From the freeze to CRIU's success.
     async fn try_dump(
         &self,
         attempt: &mut Attempt,
         job: &Job<'_>,
         hooks: &mut dyn DumpHooks,
-        frozen: Instant,
+        frozen: &mut Instant,
         report: &mut DumpReport,
     ) -> Result<(), DumpError> {
-        let Job { container, init, writer, options } = *job;
+        let Job {
+            container,
+            init,
+            writer,
+            options,
+        } = *job;
+        *frozen = freeze(container, options.freeze_timeout).await?;
         let blockers = container.blockers(init)?;
         if !blockers.is_empty() {
             return Err(DumpError::Blocked(blockers));
@@ -190,7 +211,7 @@ impl Engine {
                 stopped_us: 0,
                 versions: self.versions.clone(),
             },
-            frozen,
+            frozen: *frozen,
             last_alive: &mut attempt.last_alive,
             hooks,
             image_bytes: 0,
@@ -234,8 +255,11 @@ struct Job<'a> {
 fn prepare(job: &Job<'_>, report: &mut DumpReport) -> Result<Criu_req, DumpError> {
     let Job { container, init, writer, options } = *job;
     let look = |source| container::Error::Process { pid: init, source };
-    let mut request = request(Criu_req_type::DUMP, LOG, options.log_level, options.timeout);
+    let mut request = request(Criu_req_type::DUMP, LOG, options.log_level);
     let opts = request.opts.mut_or_insert_default();
+    // It bounds the time that CRIU takes to stop the processes, and nothing else.
+    let seconds = options.freeze_timeout.as_secs().saturating_add(1);
+    opts.set_timeout(u32::try_from(seconds).unwrap_or(u32::MAX));
     opts.set_pid(init.as_raw_nonzero().get());
     opts.set_images_dir_fd(writer.images_dir().as_raw_fd());
     opts.set_work_dir_fd(writer.work_dir().as_raw_fd());
@@ -275,6 +299,24 @@ fn open_namespace(pid: Pid, name: &str) -> std::io::Result<OwnedFd> {
     Ok(std::fs::File::open(format!("/proc/{pid}/ns/{name}"))?.into())
 }
 
+/// Freezes the container at a moment at which CRIU can work on it: a process that waits in `vfork` counts as frozen, but
+/// CRIU would wait for it until its own timeout. Such a wait usually lasts less than a millisecond, so it is let pass.
+async fn freeze(container: &Container, timeout: Duration) -> Result<Instant, DumpError> {
+    let started = Instant::now();
+    loop {
+        container.cgroup.freeze(timeout).await?;
+        let frozen = Instant::now();
+        let Some(pid) = container.forking()? else {
+            return Ok(frozen);
+        };
+        if started.elapsed() > timeout {
+            return Err(DumpError::Blocked(vec![Blocker::Forking { pid }]));
+        }
+        container.cgroup.thaw().await?;
+        tokio::time::sleep(FORK_PAUSE).await;
+    }
+}
+
 /// Sees to it that nothing is left in a cgroup whose processes were dumped.
 async fn empty(cgroup: &Cgroup) -> Result<(), cgroup::Error> {
     if cgroup.wait_unpopulated(Duration::from_secs(1)).await.is_ok() {
@@ -296,8 +338,8 @@ enum End {
 struct Attempt {
     cgroup: Cgroup,
     session: Option<Session>,
-    /// The end of a CRIU that was killed.
-    dying: Option<ExitFuture>,
+    /// How long CRIU may take to let go of the processes.
+    patience: Duration,
     /// Who lived, all of them frozen, at the moment after which CRIU was free to kill.
     last_alive: Option<Vec<Pid>>,
     /// `None` once there is nothing to put right.
@@ -306,21 +348,14 @@ struct Attempt {
 }
 
 impl Attempt {
-    /// Ends CRIU. When a process was killed, the others follow; otherwise they run on and the image is void. May be
+    /// Ends CRIU, but never by force while it may hold the processes: one that dies with its code in them can take
+    /// them along. It is told by hanging up, and lets go of them when it next wants a word, at the end of its work at
+    /// the latest. When a process was killed, the others follow; otherwise they run on and the image is void. May be
     /// broken off and called again.
     async fn settle(&mut self) -> End {
-        if self.last_alive.is_some()
-            && let Some(session) = self.session.as_mut()
-        {
-            // Left alone it either finishes the kill or, with nobody to talk to, lets the processes run on.
-            let _ = session.hang_up().await;
-        }
-        if let Some(session) = self.session.take() {
-            self.dying = session.kill();
-        }
-        if let Some(dying) = self.dying.as_mut() {
-            let _ = tokio::time::timeout(DEATH_TIMEOUT, dying).await;
-            self.dying = None;
+        if let Some(session) = self.session.as_mut() {
+            let _ = session.hang_up(self.patience).await;
+            self.session = None;
         }
         let was_killed =
             self.last_alive.as_ref().is_some_and(|pids| !pids.iter().all(|pid| procfs::alive(*pid)));
@@ -343,26 +378,21 @@ impl Attempt {
 
 impl Drop for Attempt {
     fn drop(&mut self) {
-        if self.revoker.is_none() {
+        if self.revoker.is_none() || self.in_background {
             return;
         }
-        if self.last_alive.is_none() {
-            self.dying = self.session.take().and_then(Session::kill);
-            let _ = self.cgroup.thaw_now();
-        }
-        let runtime = tokio::runtime::Handle::try_current();
-        if let (Ok(runtime), false) = (runtime, self.in_background) {
-            // CRIU may still be at work for a moment: see to the rest after it has ended.
-            let mut rest = Attempt {
-                cgroup: self.cgroup.clone(),
-                session: self.session.take(),
-                dying: self.dying.take(),
-                last_alive: self.last_alive.take(),
-                revoker: self.revoker.take(),
-                in_background: true,
-            };
-            runtime.spawn(async move { rest.settle().await });
-        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        let mut rest = Attempt {
+            cgroup: self.cgroup.clone(),
+            session: self.session.take(),
+            patience: self.patience,
+            last_alive: self.last_alive.take(),
+            revoker: self.revoker.take(),
+            in_background: true,
+        };
+        runtime.spawn(async move { rest.settle().await });
     }
 }
 

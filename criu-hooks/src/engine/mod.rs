@@ -1,7 +1,7 @@
 //! Dumping a container to an image and restoring it, with CRIU driven directly.
 //!
-//! Every future here may be dropped at any time: a dump then lets the agent run on (unless the kill had begun: then it
-//! is seen through in the background), a restore leaves nothing of what it had made. Both have bounds in time.
+//! Every future here may be dropped at any time, on a runtime that goes on: a dump then lets the agent run on (unless the
+//! kill had begun: then it is seen through), a restore leaves nothing of what it had made. Both have bounds in time.
 
 mod dump;
 mod restore;
@@ -140,7 +140,7 @@ impl Failure {
 }
 
 /// A request with the options that dump and restore share.
-fn request(kind: Criu_req_type, log_file: &str, log_level: u8, timeout: Duration) -> Criu_req {
+fn request(kind: Criu_req_type, log_file: &str, log_level: u8) -> Criu_req {
     let mut opts = Criu_opts::new();
     opts.set_log_file(log_file.to_owned());
     opts.set_log_level(log_level.into());
@@ -148,7 +148,6 @@ fn request(kind: Criu_req_type, log_file: &str, log_level: u8, timeout: Duration
     opts.set_orphan_pts_master(true);
     opts.set_manage_cgroups_mode(Criu_cg_mode::IGNORE);
     opts.set_network_lock(Criu_network_lock_method::SKIP);
-    opts.set_timeout(u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1));
     let mut request = Criu_req::new();
     request.set_type(kind);
     request.opts = protobuf::MessageField::some(opts);

@@ -144,7 +144,9 @@ impl Engine {
     /// whoever reaps its children.
     ///
     /// # Errors
-    /// See [`RestoreError`]; on every one of them nothing of the container runs and the image can be tried again.
+    /// See [`RestoreError`]; on every one of them nothing of the container runs and the image can be tried again. When
+    /// the future is dropped, what was made is killed in the background: better not in the last milliseconds, when it
+    /// may already have run.
     pub async fn restore(
         &self,
         namespace: &str,
@@ -177,6 +179,7 @@ impl Engine {
             session: None,
             dying: None,
             created: None,
+            resumed: false,
             failed: true,
             in_background: false,
         };
@@ -208,7 +211,7 @@ impl Engine {
         launch.cgroup = Some(&container.cgroup);
         launch.new_mount_namespace = true;
         launch.new_cgroup_namespace = container.namespaces.cgroup != Namespace::Inherited;
-        let mut request = request(Criu_req_type::RESTORE, LOG, options.log_level, options.timeout);
+        let mut request = request(Criu_req_type::RESTORE, LOG, options.log_level);
         let opts = request.opts.mut_or_insert_default();
         opts.set_images_dir_fd(image.images_dir().as_raw_fd());
         opts.set_work_dir_fd(image.work_dir().as_raw_fd());
@@ -227,17 +230,46 @@ impl Engine {
         }
 
         let failed = |error| RestoreError::Criu(Failure::new(error, image.work_dir(), LOG));
-        let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
-        let mut notify = Notify { hooks, created: &mut attempt.created, console: None };
+        let session = attempt
+            .session
+            .insert(Session::start(&*self.spawner, launch).map_err(failed)?);
+        let mut notify = Notify {
+            hooks,
+            created: &mut attempt.created,
+            resumed: &mut attempt.resumed,
+            console: None,
+        };
         let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
         let console = notify.console;
-        let Ok(answered) = outcome else {
-            let reason = criu::log::read_reason(image.work_dir(), LOG).unwrap_or_default();
-            return Err(RestoreError::Timeout { after: options.timeout, reason });
+        let answered = match outcome {
+            Ok(answered) => answered.map(|answer| Pid::from_raw(answer.restore.pid())),
+            Err(_elapsed) => {
+                let reason = criu::log::read_reason(image.work_dir(), LOG).unwrap_or_default();
+                return Err(RestoreError::Timeout {
+                    after: options.timeout,
+                    reason,
+                });
+            }
         };
-        let answer = answered.map_err(failed)?;
-        let pid = Pid::from_raw(answer.restore.pid())
-            .ok_or_else(|| failed(criu::Error::Protocol("a restore without a process".to_owned())))?;
+        let pid = match (
+            answered,
+            attempt
+                .created
+                .filter(|pid| attempt.resumed && procfs::alive(*pid)),
+        ) {
+            (Ok(Some(pid)), _) => pid,
+            // It only failed to say so; to kill what runs again would be worse.
+            (Err(error), Some(pid)) => {
+                tracing::warn!(%error, "CRIU failed after it had restored the container");
+                pid
+            }
+            (Err(error), None) => return Err(failed(error)),
+            (Ok(None), _) => {
+                return Err(failed(criu::Error::Protocol(
+                    "a restore without a process".to_owned(),
+                )));
+            }
+        };
         // It is still in the container's cgroup: it must be gone before anybody counts the processes there.
         if let Some(session) = attempt.session.take() {
             let _ = session.finish().await;
@@ -300,6 +332,8 @@ struct Attempt {
     dying: Option<ExitFuture>,
     /// The first process, once there is one.
     created: Option<Pid>,
+    /// CRIU's work was done, and it was about to let the processes go.
+    resumed: bool,
     failed: bool,
     in_background: bool,
 }
@@ -363,6 +397,7 @@ impl Drop for Attempt {
             session: None,
             dying: self.dying.take(),
             created: self.created.take(),
+            resumed: false,
             failed: true,
             in_background: true,
         };
@@ -374,6 +409,7 @@ impl Drop for Attempt {
 struct Notify<'a> {
     hooks: &'a mut dyn RestoreHooks,
     created: &'a mut Option<Pid>,
+    resumed: &'a mut bool,
     console: Option<OwnedFd>,
 }
 
@@ -391,6 +427,10 @@ impl NotifyHooks for Notify<'_> {
             }
             // The last moment at which CRIU heeds a refusal.
             Event::PostRestore { pid: Some(pid) } => self.hooks.before_resume(pid).await,
+            Event::PreResume => {
+                *self.resumed = true;
+                Ok(())
+            }
             _ => Ok(()),
         }
     }

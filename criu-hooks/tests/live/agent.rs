@@ -109,7 +109,8 @@ impl Agent {
         loop {
             if let Some((line, rest)) = self.seen.split_once('\n') {
                 let line = line.to_owned();
-                self.seen = rest.to_owned();
+                let rest = rest.to_owned();
+                self.seen = rest;
                 return line;
             }
             self.seen.push_str(&drain(&mut self.output.0));
@@ -137,6 +138,15 @@ impl Agent {
         more
     }
 
+    /// Holds the network namespace open, for dumps whose report is lost.
+    pub fn keep_network(&mut self) {
+        self.network = Some(
+            fs::File::open(format!("/proc/{}/ns/net", self.pid))
+                .unwrap()
+                .into(),
+        );
+    }
+
     pub async fn dump(&mut self) -> Result<DumpReport, DumpError> {
         self.dump_with(&DumpOptions::default()).await
     }
@@ -145,7 +155,7 @@ impl Agent {
         let writer = self.store.begin(NAMESPACE, &self.id, None).unwrap();
         let result = self.engine.dump(&self.container, self.pid, &writer, options, &mut NoHooks).await;
         result.map(|mut report| {
-            self.network = report.network.take();
+            self.network = report.network.take().or(self.network.take());
             reap(self.pid);
             report
         })
@@ -201,7 +211,8 @@ impl Agent {
     /// Ends the container and removes what runc keeps of it.
     pub fn delete(&self) {
         let _ = self.container.cgroup.kill();
-        reap(self.pid);
+        // A container's first process does not end before what runc has put beside it is reaped too.
+        while procfs::stat(self.pid).is_ok() && waitid(WaitId::All, WaitIdOptions::EXITED).is_ok() {}
         let _ = Command::new(RUNC).args(["delete", "--force", &self.id]).output();
     }
 }
@@ -212,7 +223,7 @@ pub fn reap(pid: Pid) {
 }
 
 fn drain(file: &mut fs::File) -> String {
-    let mut bytes = [0; 64 * 1024];
+    let mut bytes = vec![0; 64 * 1024];
     match file.read(&mut bytes) {
         Ok(length) => String::from_utf8_lossy(&bytes[..length]).into_owned(),
         Err(_) => String::new(),

@@ -55,6 +55,9 @@ pub fn in_node(test: &str, body: impl AsyncFnOnce()) {
     }
 }
 
+/// Tells the nodes of one process apart.
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
 fn launch(test: &str) -> Result<bool, String> {
     if !rustix::process::geteuid().is_root() {
         return Err("it needs root".to_owned());
@@ -66,7 +69,6 @@ fn launch(test: &str) -> Result<bool, String> {
             return Err(format!("{} lacks {program}", rootfs.display()));
         }
     }
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let tree = unified_tree().ok_or("no cgroup v2 file system is mounted")?;
     let cgroup = tree.join(format!("agentcube-engine-test-{}-{number}", std::process::id()));

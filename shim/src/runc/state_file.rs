@@ -258,6 +258,9 @@ mod tests {
         Path::new("state.json")
     }
 
+    /// Something done to a state.
+    type Change = &'static dyn Fn(&mut Value);
+
     fn sample() -> Value {
         serde_json::from_slice(SAMPLES[2].1).unwrap()
     }
@@ -297,20 +300,34 @@ mod tests {
 
     #[test]
     fn what_is_not_as_known_is_refused_by_name() {
-        let cases: &[(&str, Damage)] = &[
+        let cases: &[(&str, Change)] = &[
             ("new_field", &|state| state["new_field"] = json!(1)),
-            ("init_process_pid", &|state| state["init_process_pid"] = json!("46")),
+            ("init_process_pid", &|state| {
+                state["init_process_pid"] = json!("46");
+            }),
             ("init_process_pid", &|state| state["init_process_pid"] = json!(0)),
-            ("init_process_pid", &|state| state["init_process_pid"] = json!(1u64 << 40)),
-            ("init_process_start", &|state| state["init_process_start"] = json!(-1)),
+            ("init_process_pid", &|state| {
+                state["init_process_pid"] = json!(1u64 << 40);
+            }),
+            ("init_process_start", &|state| {
+                state["init_process_start"] = json!(-1);
+            }),
             ("init_process_start", &|state| {
                 state.as_object_mut().unwrap().remove("init_process_start");
             }),
             ("namespace_paths", &|state| state["namespace_paths"] = json!([])),
-            ("namespace_paths.NEWNET", &|state| state["namespace_paths"]["NEWNET"] = json!("/run/netns/x")),
-            ("namespace_paths.NEWODD", &|state| state["namespace_paths"]["NEWODD"] = json!("/proc/1/ns/odd")),
-            ("config", &|state| state["config"]["cgroups"]["weight"] = json!(0.1)),
-            ("external_descriptors", &|state| state["external_descriptors"] = json!([1])),
+            ("namespace_paths.NEWNET", &|state| {
+                state["namespace_paths"]["NEWNET"] = json!("/run/netns/x");
+            }),
+            ("namespace_paths.NEWODD", &|state| {
+                state["namespace_paths"]["NEWODD"] = json!("/proc/1/ns/odd");
+            }),
+            ("config", &|state| {
+                state["config"]["cgroups"]["weight"] = json!(0.1);
+            }),
+            ("external_descriptors", &|state| {
+                state["external_descriptors"] = json!([1]);
+            }),
             ("rootless", &|state| state["rootless"] = json!("no")),
         ];
         for (field, change) in cases {
