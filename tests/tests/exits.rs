@@ -92,7 +92,7 @@ fn a_handler_of_sigterm_has_its_whole_grace_period_and_its_own_status() {
     let node = start();
     for past in PASTS {
         let (status, log, _) = end(&node, HANDLES, End::Signal("SIGTERM"), past);
-        let cleaned: String = (1..=8).map(|step| format!("cleaning {step}\n")).collect();
+        let cleaned = (1..=8).map(|step| format!("cleaning {step}\n")).collect::<Vec<_>>().concat();
         assert_eq!((status, log), (7, format!("begun\nready\n{cleaned}")), "{past:?}");
     }
 }

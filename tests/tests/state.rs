@@ -69,7 +69,7 @@ fn remembers(image: Image, net: Net, ballast: u32) {
         assert_eq!(agent.turn().unwrap(), turn);
         assert_eq!(agent.digest().unwrap(), before);
     }
-    let turns: String = (1..=CYCLES).map(|turn| format!("turn {turn}\n")).collect();
+    let turns = (1..=CYCLES).map(|turn| format!("turn {turn}\n")).collect::<Vec<_>>().concat();
     assert!(agent.log().unwrap().ends_with(&turns), "{:?}", agent.log());
     assert_eq!(wakes(&node, &agent), CYCLES);
 }
