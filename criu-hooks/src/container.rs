@@ -308,9 +308,7 @@ impl Container {
     /// When the cgroup is gone.
     pub fn forking(&self) -> Result<Option<Pid>, cgroup::Error> {
         let pids = self.cgroup.procs()?;
-        Ok(pids
-            .into_iter()
-            .find(|pid| procfs::is_forking(*pid).unwrap_or(false)))
+        Ok(pids.into_iter().find(|pid| procfs::is_forking(*pid).unwrap_or(false)))
     }
 
     /// What stands in the way of a dump of the live container, as far as a look at `/proc` shows. `init` is its first

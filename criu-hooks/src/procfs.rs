@@ -93,10 +93,7 @@ pub fn tracer(pid: Pid) -> io::Result<Option<Pid>> {
 /// When the process is gone.
 pub fn is_forking(pid: Pid) -> io::Result<bool> {
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let stat = fs::read(task?.path().join("stat"))
-            .ok()
-            .as_deref()
-            .and_then(parse_stat);
+        let stat = fs::read(task?.path().join("stat")).ok().as_deref().and_then(parse_stat);
         if stat.is_some_and(|stat| matches!(stat.state, 'D' | 'R')) {
             return Ok(true);
         }

@@ -316,9 +316,7 @@ impl Session {
 
     /// The error of a CRIU that closed its end.
     async fn death(&mut self) -> Error {
-        self.await_exit(EXIT_TIMEOUT)
-            .await
-            .map_or_else(Error::Socket, |exit| Error::Died { exit })
+        self.await_exit(EXIT_TIMEOUT).await.map_or_else(Error::Socket, |exit| Error::Died { exit })
     }
 }
 

@@ -139,29 +139,17 @@ impl Engine {
             revoker: Some(writer.revoker()),
             in_background: false,
         };
-        let job = Job {
-            container,
-            init,
-            writer,
-            options,
-        };
+        let job = Job { container, init, writer, options };
         let mut report = DumpReport::default();
         let mut frozen = started;
-        if let Err(error) = self
-            .try_dump(&mut attempt, &job, hooks, &mut frozen, &mut report)
-            .await
-        {
+        if let Err(error) = self.try_dump(&mut attempt, &job, hooks, &mut frozen, &mut report).await {
             match attempt.settle().await {
                 End::RunsOn => return Err(error),
                 End::Dead => tracing::warn!(%error, "CRIU failed while it killed what it had dumped"),
             }
         }
         attempt.revoker = None;
-        let end = if options.leave_running {
-            Ok(())
-        } else {
-            empty(&container.cgroup).await
-        };
+        let end = if options.leave_running { Ok(()) } else { empty(&container.cgroup).await };
         // The image is whole, so this is no failure of the dump.
         if let Err(error) = end.and(container.cgroup.thaw().await) {
             tracing::error!(%error, "the cgroup is not as it should be after a dump");
@@ -180,12 +168,7 @@ impl Engine {
         frozen: &mut Instant,
         report: &mut DumpReport,
     ) -> Result<(), DumpError> {
-        let Job {
-            container,
-            init,
-            writer,
-            options,
-        } = *job;
+        let Job { container, init, writer, options } = *job;
         *frozen = freeze(container, options.freeze_timeout).await?;
         let blockers = container.blockers(init)?;
         if !blockers.is_empty() {

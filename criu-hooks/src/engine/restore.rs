@@ -230,33 +230,19 @@ impl Engine {
         }
 
         let failed = |error| RestoreError::Criu(Failure::new(error, image.work_dir(), LOG));
-        let session = attempt
-            .session
-            .insert(Session::start(&*self.spawner, launch).map_err(failed)?);
-        let mut notify = Notify {
-            hooks,
-            created: &mut attempt.created,
-            resumed: &mut attempt.resumed,
-            console: None,
-        };
+        let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
+        let mut notify =
+            Notify { hooks, created: &mut attempt.created, resumed: &mut attempt.resumed, console: None };
         let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
         let console = notify.console;
         let answered = match outcome {
             Ok(answered) => answered.map(|answer| Pid::from_raw(answer.restore.pid())),
             Err(_elapsed) => {
                 let reason = criu::log::read_reason(image.work_dir(), LOG).unwrap_or_default();
-                return Err(RestoreError::Timeout {
-                    after: options.timeout,
-                    reason,
-                });
+                return Err(RestoreError::Timeout { after: options.timeout, reason });
             }
         };
-        let pid = match (
-            answered,
-            attempt
-                .created
-                .filter(|pid| attempt.resumed && procfs::alive(*pid)),
-        ) {
+        let pid = match (answered, attempt.created.filter(|pid| attempt.resumed && procfs::alive(*pid))) {
             (Ok(Some(pid)), _) => pid,
             // It only failed to say so; to kill what runs again would be worse.
             (Err(error), Some(pid)) => {
@@ -265,9 +251,7 @@ impl Engine {
             }
             (Err(error), None) => return Err(failed(error)),
             (Ok(None), _) => {
-                return Err(failed(criu::Error::Protocol(
-                    "a restore without a process".to_owned(),
-                )));
+                return Err(failed(criu::Error::Protocol("a restore without a process".to_owned())));
             }
         };
         // It is still in the container's cgroup: it must be gone before anybody counts the processes there.

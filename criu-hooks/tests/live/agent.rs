@@ -140,11 +140,7 @@ impl Agent {
 
     /// Holds the network namespace open, for dumps whose report is lost.
     pub fn keep_network(&mut self) {
-        self.network = Some(
-            fs::File::open(format!("/proc/{}/ns/net", self.pid))
-                .unwrap()
-                .into(),
-        );
+        self.network = Some(fs::File::open(format!("/proc/{}/ns/net", self.pid)).unwrap().into());
     }
 
     pub async fn dump(&mut self) -> Result<DumpReport, DumpError> {

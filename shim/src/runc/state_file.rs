@@ -296,8 +296,6 @@ mod tests {
         assert_eq!(after["namespace_paths"]["NEWNS"], "/proc/9/ns/mnt");
     }
 
-    type Damage = &'static dyn Fn(&mut Value);
-
     #[test]
     fn what_is_not_as_known_is_refused_by_name() {
         let cases: &[(&str, Change)] = &[
