@@ -132,7 +132,7 @@ impl Engine {
             cgroup: container.cgroup.clone(),
             session: None,
             dying: None,
-            last_alive: None,
+            may_kill: false,
             revoker: Some(writer.revoker()),
             in_background: false,
         };
@@ -191,7 +191,7 @@ impl Engine {
                 versions: self.versions.clone(),
             },
             frozen,
-            last_alive: &mut attempt.last_alive,
+            may_kill: &mut attempt.may_kill,
             hooks,
             image_bytes: 0,
             refusal: None,
@@ -288,7 +288,7 @@ async fn empty(cgroup: &Cgroup) -> Result<(), cgroup::Error> {
 enum End {
     /// They run on.
     RunsOn,
-    /// The kill had begun: they are dead, and the image is the agent now.
+    /// CRIU was free to kill: they are dead, and the image is the agent now.
     Dead,
 }
 
@@ -298,21 +298,21 @@ struct Attempt {
     session: Option<Session>,
     /// The end of a CRIU that was killed.
     dying: Option<ExitFuture>,
-    /// Who lived, all of them frozen, at the moment after which CRIU was free to kill.
-    last_alive: Option<Vec<Pid>>,
+    /// The image is complete, the processes are frozen, and CRIU is free to kill them.
+    may_kill: bool,
     /// `None` once there is nothing to put right.
     revoker: Option<Revoker>,
     in_background: bool,
 }
 
 impl Attempt {
-    /// Ends CRIU. When a process was killed, the others follow; otherwise they run on and the image is void. May be
-    /// broken off and called again.
+    /// Ends CRIU. When it was free to kill, what is left of the processes follows; otherwise they run on and the image
+    /// is void. May be broken off and called again.
     async fn settle(&mut self) -> End {
-        if self.last_alive.is_some()
+        if self.may_kill
             && let Some(session) = self.session.as_mut()
         {
-            // Left alone it either finishes the kill or, with nobody to talk to, lets the processes run on.
+            // Left alone it may finish the kill.
             let _ = session.hang_up().await;
         }
         if let Some(session) = self.session.take() {
@@ -322,9 +322,9 @@ impl Attempt {
             let _ = tokio::time::timeout(DEATH_TIMEOUT, dying).await;
             self.dying = None;
         }
-        let was_killed =
-            self.last_alive.as_ref().is_some_and(|pids| !pids.iter().all(|pid| procfs::alive(*pid)));
-        if was_killed {
+        // Whether a process was killed cannot be seen: one that CRIU has sent SIGKILL may look alive a while longer. All
+        // of them stand still since before the last word, so the image is the agent as it is.
+        if self.may_kill {
             if let Err(error) = empty(&self.cgroup).await {
                 tracing::error!(%error, "what was dumped cannot be killed");
             }
@@ -346,7 +346,7 @@ impl Drop for Attempt {
         if self.revoker.is_none() {
             return;
         }
-        if self.last_alive.is_none() {
+        if !self.may_kill {
             self.dying = self.session.take().and_then(Session::kill);
             let _ = self.cgroup.thaw_now();
         }
@@ -357,7 +357,7 @@ impl Drop for Attempt {
                 cgroup: self.cgroup.clone(),
                 session: self.session.take(),
                 dying: self.dying.take(),
-                last_alive: self.last_alive.take(),
+                may_kill: self.may_kill,
                 revoker: self.revoker.take(),
                 in_background: true,
             };
@@ -373,7 +373,7 @@ struct Notify<'a> {
     options: &'a DumpOptions,
     facts: Facts,
     frozen: Instant,
-    last_alive: &'a mut Option<Vec<Pid>>,
+    may_kill: &'a mut bool,
     hooks: &'a mut dyn DumpHooks,
     image_bytes: u64,
     refusal: Option<DumpError>,
@@ -392,7 +392,7 @@ impl Notify<'_> {
         self.image_bytes = manifest.files.iter().map(|file| file.size).sum();
         if !self.options.leave_running {
             self.hooks.before_kill().await.map_err(DumpError::Vetoed)?;
-            *self.last_alive = Some(self.cgroup.procs()?);
+            *self.may_kill = true;
         }
         Ok(())
     }
