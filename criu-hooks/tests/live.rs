@@ -707,7 +707,7 @@ on_a_node!(a_full_disk_fails_the_dump_and_the_agent_runs_on, async || {
     let error = agent.dump().await.unwrap_err();
     match &error {
         DumpError::Criu(Failure { reason: Some(reason), .. }) => {
-            assert_eq!(reason.cause, Cause::DiskFull, "{error}")
+            assert_eq!(reason.cause, Cause::DiskFull, "{error}");
         }
         DumpError::Image(image::Error::Full { .. }) => {}
         other => panic!("{other}"),

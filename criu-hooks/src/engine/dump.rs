@@ -135,7 +135,7 @@ impl Engine {
             cgroup: container.cgroup.clone(),
             session: None,
             patience: options.timeout.saturating_add(DEATH_TIMEOUT),
-            last_alive: None,
+            may_kill: false,
             revoker: Some(writer.revoker()),
             in_background: false,
         };
@@ -195,7 +195,7 @@ impl Engine {
                 versions: self.versions.clone(),
             },
             frozen: *frozen,
-            last_alive: &mut attempt.last_alive,
+            may_kill: &mut attempt.may_kill,
             hooks,
             image_bytes: 0,
             refusal: None,
@@ -313,7 +313,7 @@ async fn empty(cgroup: &Cgroup) -> Result<(), cgroup::Error> {
 enum End {
     /// They run on.
     RunsOn,
-    /// The kill had begun: they are dead, and the image is the agent now.
+    /// CRIU was free to kill: they are dead, and the image is the agent now.
     Dead,
 }
 
@@ -323,8 +323,8 @@ struct Attempt {
     session: Option<Session>,
     /// How long CRIU may take to let go of the processes.
     patience: Duration,
-    /// Who lived, all of them frozen, at the moment after which CRIU was free to kill.
-    last_alive: Option<Vec<Pid>>,
+    /// The image is complete, the processes are frozen, and CRIU is free to kill them.
+    may_kill: bool,
     /// `None` once there is nothing to put right.
     revoker: Option<Revoker>,
     in_background: bool,
@@ -333,16 +333,16 @@ struct Attempt {
 impl Attempt {
     /// Ends CRIU, but never by force while it may hold the processes: one that dies with its code in them can take
     /// them along. It is told by hanging up, and lets go of them when it next wants a word, at the end of its work at
-    /// the latest. When a process was killed, the others follow; otherwise they run on and the image is void. May be
+    /// the latest. When it was free to kill, what is left of the processes follows; otherwise they run on and the image is void. May be
     /// broken off and called again.
     async fn settle(&mut self) -> End {
         if let Some(session) = self.session.as_mut() {
             let _ = session.hang_up(self.patience).await;
             self.session = None;
         }
-        let was_killed =
-            self.last_alive.as_ref().is_some_and(|pids| !pids.iter().all(|pid| procfs::alive(*pid)));
-        if was_killed {
+        // Whether a process was killed cannot be seen: one that CRIU has sent SIGKILL may look alive a while longer. All
+        // of them stand still since before the last word, so the image is the agent as it is.
+        if self.may_kill {
             if let Err(error) = empty(&self.cgroup).await {
                 tracing::error!(%error, "what was dumped cannot be killed");
             }
@@ -371,7 +371,7 @@ impl Drop for Attempt {
             cgroup: self.cgroup.clone(),
             session: self.session.take(),
             patience: self.patience,
-            last_alive: self.last_alive.take(),
+            may_kill: self.may_kill,
             revoker: self.revoker.take(),
             in_background: true,
         };
@@ -386,7 +386,7 @@ struct Notify<'a> {
     options: &'a DumpOptions,
     facts: Facts,
     frozen: Instant,
-    last_alive: &'a mut Option<Vec<Pid>>,
+    may_kill: &'a mut bool,
     hooks: &'a mut dyn DumpHooks,
     image_bytes: u64,
     refusal: Option<DumpError>,
@@ -405,7 +405,7 @@ impl Notify<'_> {
         self.image_bytes = manifest.files.iter().map(|file| file.size).sum();
         if !self.options.leave_running {
             self.hooks.before_kill().await.map_err(DumpError::Vetoed)?;
-            *self.last_alive = Some(self.cgroup.procs()?);
+            *self.may_kill = true;
         }
         Ok(())
     }
