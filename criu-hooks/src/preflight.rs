@@ -251,9 +251,9 @@ impl<'a> Preflight<'a> {
         opts.set_log_level(2);
         opts.set_manage_cgroups_mode(Criu_cg_mode::IGNORE);
         opts.set_network_lock(Criu_network_lock_method::SKIP);
-        opts.set_rst_sibling(true);
-        if let Some(pid) = pid {
-            opts.set_pid(pid.as_raw_nonzero().get());
+        match pid {
+            Some(pid) => opts.set_pid(pid.as_raw_nonzero().get()),
+            None => opts.set_rst_sibling(true),
         }
         let mut request = Criu_req::new();
         request.set_type(kind);

@@ -369,7 +369,7 @@ fn children_called(name: &str) -> Vec<Pid> {
     .collect()
 }
 
-on_a_node!(criu_killed_when_it_has_the_last_word_leaves_the_agent_running, async || {
+on_a_node!(criu_killed_when_it_has_the_last_word_leaves_the_agent_in_its_image, async || {
     let mut agent = Agent::start("counter", &Setup::default());
     let mut last = agent.count_on(0, 5).await;
     for _ in 0..5 {
@@ -378,12 +378,13 @@ on_a_node!(criu_killed_when_it_has_the_last_word_leaves_the_agent_running, async
         let cgroup = agent.container.cgroup.clone();
         let mut hooks = KillAtTheEnd(&cgroup);
         let dump = agent.engine.dump(&agent.container, agent.pid, &writer, &options, &mut hooks);
-        let error = dump.await.unwrap_err();
-        assert!(matches!(error, DumpError::Criu(_)), "{error}");
-        drop(writer);
-        assert!(agent.store.latest(NAMESPACE, "counter").unwrap().is_none());
-        agent.assert_running();
+        // CRIU was free to kill, and may have begun to: the image is complete, and nothing has run past it.
+        agent.slept(dump.await.unwrap());
+        writer.finish().unwrap();
+        assert!(!cgroup.populated().unwrap());
+        agent.restore().await.unwrap();
         last = agent.count_on(last, 10).await;
+        agent.store.remove_all(NAMESPACE, "counter").unwrap();
     }
     agent.delete();
 });

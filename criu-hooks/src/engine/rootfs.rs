@@ -33,8 +33,9 @@ impl RootMount {
         let path = path.canonicalize()?;
         let mount = RootMount { path };
         mount_bind_recursive(rootfs, &mount.path)?;
-        // What happens in it stays in it: an unmount here must not reach the container's own root.
-        mount_change(&mount.path, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        // What happens in it stays in it: an unmount here must not reach the container's own root. Not private: with an
+        // older runc the container's root receives from the host's, and CRIU takes that from this mount.
+        mount_change(&mount.path, MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
         Ok(mount)
     }
 

@@ -150,11 +150,14 @@ impl Agent {
     pub async fn dump_with(&mut self, options: &DumpOptions) -> Result<DumpReport, DumpError> {
         let writer = self.store.begin(NAMESPACE, &self.id, None).unwrap();
         let result = self.engine.dump(&self.container, self.pid, &writer, options, &mut NoHooks).await;
-        result.map(|mut report| {
-            self.network = report.network.take().or(self.network.take());
-            reap(self.pid);
-            report
-        })
+        result.map(|report| self.slept(report))
+    }
+
+    /// Takes note of a dump that has succeeded.
+    pub fn slept(&mut self, mut report: DumpReport) -> DumpReport {
+        self.network = report.network.take().or(self.network.take());
+        reap(self.pid);
+        report
     }
 
     pub fn image(&self) -> Image {
