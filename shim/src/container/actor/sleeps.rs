@@ -1,0 +1,219 @@
+//! Falling asleep and waking, and the requests that wait for that.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use containerd_shim::protos::events::task::TaskResumed;
+use tracing::{error, info, warn};
+
+use super::{
+    super::{Phase, Reply, Transition},
+    Actor, Deferred, FREEZER, Falling, RETRY, Waking, answer,
+};
+use crate::{
+    container::Message,
+    error::TaskError,
+    lifecycle::{Depth, DumpOutcome, Event, Refusal, State},
+    runtime::{DumpReport, Restored, RuntimeError, Veto},
+};
+
+impl Actor {
+    pub(super) async fn sleep(&mut self, depth: Depth, reply: Reply<Transition>) {
+        let since = Instant::now();
+        // The dump's veto must exist before the dump begins; a refused sleep must not disturb one under way.
+        let fresh = self.falling.is_none();
+        if fresh {
+            self.falling = Some(Falling { since, veto: Veto::default(), reply: None });
+        }
+        let outcome = self.apply(Event::Sleep(depth)).await;
+        match (outcome, self.state()) {
+            (Ok(()), State::Dumping { .. }) => {
+                if let Some(falling) = &mut self.falling {
+                    falling.reply = Some(reply);
+                }
+            }
+            (Ok(()), _) => {
+                self.falling = None;
+                let slept = Transition {
+                    depth,
+                    total: since.elapsed(),
+                    stopped: Duration::ZERO,
+                    image_bytes: 0,
+                    engine: FREEZER,
+                    at: SystemTime::now(),
+                };
+                self.fell_asleep(slept.clone());
+                answer(reply, Ok(slept));
+            }
+            (Err(error), _) => {
+                if fresh {
+                    self.falling = None;
+                }
+                answer(reply, Err(error));
+            }
+        }
+    }
+
+    pub(super) fn fell_asleep(&mut self, slept: Transition) {
+        info!(id = %self.id, depth = %slept.depth, ms = slept.total.as_millis(), "asleep");
+        self.deaf_until = None;
+        self.snapshot.send_modify(|now| {
+            now.sleeps += 1;
+            now.last_sleep = Some(slept);
+            now.last_error = None;
+        });
+    }
+
+    pub(super) async fn begin_dump(&mut self) {
+        let veto = self.falling.as_ref().map(|falling| falling.veto.clone()).unwrap_or_default();
+        if let Err(error) = self.try_record(Phase::Dumping) {
+            // Deepening starts from a frozen cgroup, and after a failure the agent runs on.
+            if let Err(error) = self.runtime.thaw().await {
+                error!(id = %self.id, %error, "cannot thaw it after a dump that could not begin");
+            }
+            let failed = Err(RuntimeError::FailedPrecondition(error.to_string()));
+            return self.beside(async move { Message::Dumped(failed) });
+        }
+        let runtime = self.runtime.clone();
+        self.beside(async move { Message::Dumped(runtime.dump(veto).await) });
+    }
+
+    pub(super) async fn dumped(&mut self, result: Result<DumpReport, RuntimeError>) {
+        let falling = self.falling.take();
+        let since = falling.as_ref().map_or_else(Instant::now, |falling| falling.since);
+        let (outcome, answered) = match result {
+            Ok(report) => {
+                let slept = Transition {
+                    depth: Depth::Checkpointed,
+                    total: since.elapsed(),
+                    stopped: report.stopped,
+                    image_bytes: report.image_bytes,
+                    engine: report.engine,
+                    at: SystemTime::now(),
+                };
+                self.snapshot
+                    .send_modify(|now| now.image = Some((report.image_dir.clone(), report.image_bytes)));
+                self.record(Phase::Checkpointed);
+                self.fell_asleep(slept.clone());
+                (DumpOutcome::Complete, Ok(slept))
+            }
+            Err(error) => {
+                self.record(Phase::Running);
+                warn!(id = %self.id, %error, "the agent could not be put to sleep and runs on");
+                if !matches!(error, RuntimeError::Vetoed) {
+                    self.snapshot.send_modify(|now| now.last_error = Some(error.to_string()));
+                }
+                (DumpOutcome::Abandoned, Err(self.failed("cannot be put to sleep and runs on", error)))
+            }
+        };
+        self.note(Event::DumpDone(outcome)).await;
+        if let Some(reply) = falling.and_then(|falling| falling.reply) {
+            answer(reply, answered);
+        }
+    }
+
+    pub(super) async fn wake(&mut self, reply: Reply<Option<Transition>>) {
+        // Asked for as such, a wake of a waking agent is refused; all else that needs it joins the wake.
+        if matches!(self.state(), State::Restoring { .. }) {
+            return answer(reply, Err(self.refused(Refusal::Waking)));
+        }
+        self.need(Deferred::Wake { reply }).await;
+    }
+
+    pub(super) async fn resume(&mut self, reply: Reply<()>) {
+        self.waiting.push(Deferred::Resume { reply });
+        let resumed = self.apply(Event::Resume).await;
+        self.unqueue_on(resumed);
+    }
+
+    /// Queues a request until the agent is awake, and sees to it that it wakes.
+    pub(super) async fn need(&mut self, deferred: Deferred) {
+        self.waiting.push(deferred);
+        let needed = self.apply(Event::Need).await;
+        self.unqueue_on(needed);
+    }
+
+    /// Fails the request queued last when the life-cycle refused it.
+    pub(super) fn unqueue_on(&mut self, outcome: Result<(), TaskError>) {
+        if let Err(error) = outcome
+            && let Some(deferred) = self.waiting.pop()
+        {
+            deferred.fail(error);
+        }
+    }
+
+    pub(super) async fn restored(&mut self, result: Result<Restored, RuntimeError>) {
+        let ok = result.is_ok();
+        match result {
+            Ok(restored) => {
+                self.adopt(restored.process);
+                if let Some(waking) = &mut self.waking {
+                    waking.engine = restored.engine;
+                }
+                self.record(Phase::Running);
+            }
+            Err(error) => {
+                self.waking = None;
+                self.deafen();
+                error!(id = %self.id, %error, "the agent could not be woken; its image is kept");
+                self.snapshot.send_modify(|now| now.last_error = Some(error.to_string()));
+                self.record(Phase::Checkpointed);
+            }
+        }
+        self.note(Event::RestoreDone { ok }).await;
+    }
+
+    /// Serves the requests that waited; they learn of the wake that they waited for, if there was one.
+    pub(super) fn release(&mut self) {
+        let woke = self.waking.take().map(|waking| self.woke(&waking));
+        for deferred in std::mem::take(&mut self.waiting) {
+            match deferred {
+                Deferred::StartExec { exec_id, reply } => self.begin_exec(exec_id, reply),
+                Deferred::Signal { signal, all, reply } => answer(reply, self.signal(signal, all)),
+                Deferred::Resume { reply } => {
+                    self.events.publish(TaskResumed { container_id: self.id.clone(), ..Default::default() });
+                    answer(reply, Ok(()));
+                }
+                Deferred::Wake { reply } => answer(reply, Ok(woke.clone())),
+            }
+        }
+    }
+
+    pub(super) fn deafen(&mut self) {
+        self.deaf_until = Some(tokio::time::Instant::now() + RETRY);
+    }
+
+    pub(super) fn woke(&self, waking: &Waking) -> Transition {
+        let woke = Transition {
+            depth: waking.depth,
+            total: waking.since.elapsed(),
+            stopped: Duration::ZERO,
+            image_bytes: waking.image_bytes,
+            engine: waking.engine,
+            at: SystemTime::now(),
+        };
+        info!(id = %self.id, depth = %woke.depth, ms = woke.total.as_millis(), "awake");
+        self.snapshot.send_modify(|now| {
+            now.wakes += 1;
+            now.last_error = None;
+            now.last_wake = Some(woke.clone());
+        });
+        woke
+    }
+
+    pub(super) fn refuse(&mut self) {
+        let (ended, reason) = {
+            let now = self.snapshot.borrow();
+            (now.state == State::Stopped, now.last_error.clone().unwrap_or_default())
+        };
+        for deferred in std::mem::take(&mut self.waiting) {
+            let error = match (&deferred, ended) {
+                (Deferred::Signal { .. }, true) => TaskError::Finished,
+                (_, true) => self.refused(Refusal::Ended),
+                (_, false) => {
+                    TaskError::Dependency(format!("container {}: cannot be woken: {reason}", self.id))
+                }
+            };
+            deferred.fail(error);
+        }
+    }
+}
