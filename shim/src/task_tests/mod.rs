@@ -451,3 +451,69 @@ async fn shutdown_waits_for_the_last_container() {
     shutdown().await.unwrap();
     shim.exit.wait().await;
 }
+
+#[tokio::test]
+async fn what_is_asked_of_an_exec_before_its_start_is_done_after_it() {
+    let shim = Shim::running().await;
+    shim.fake.fail_next("resize", RuntimeError::NotFound("no terminal yet".to_owned()));
+    shim.exec("e").await.unwrap();
+    let resize = ResizePtyRequest {
+        id: "c".to_owned(),
+        exec_id: "e".to_owned(),
+        width: 80,
+        height: 24,
+        ..Default::default()
+    };
+    shim.task.resize_pty(&ctx(), resize).await.unwrap();
+    shim.start("e").await.unwrap();
+    let calls = shim.fake.calls();
+    assert_eq!(calls.iter().filter(|call| *call == "resize e to 80x24").count(), 2, "{calls:?}");
+    assert_eq!(calls.last().unwrap(), "resize e to 80x24");
+}
+
+#[tokio::test]
+async fn a_delete_waits_for_a_create_and_a_shutdown_does_not_end_the_shim_in_its_middle() {
+    let shim = Shim::new();
+    shim.fake.hold("create");
+    let (task, bundle) = (shim.task.clone(), shim.bundle.path().to_string_lossy().into_owned());
+    let creating = tokio::spawn(async move {
+        let request = CreateTaskRequest { id: "c".to_owned(), bundle, ..Default::default() };
+        task.create(&ctx(), request).await.unwrap().pid
+    });
+    settle().await;
+    assert_eq!(code(shim.create("c").await), Code::ALREADY_EXISTS);
+    let request = ShutdownRequest { id: "c".to_owned(), ..Default::default() };
+    shim.task.shutdown(&ctx(), request).await.unwrap();
+    let over = tokio::time::timeout(Duration::from_millis(20), shim.exit.wait()).await;
+    assert!(over.is_err(), "the shim ended beneath a container in the making");
+    let task = shim.task.clone();
+    let deleting = tokio::spawn(async move {
+        let request = DeleteRequest { id: "c".to_owned(), ..Default::default() };
+        task.delete(&ctx(), request).await.unwrap()
+    });
+    settle().await;
+    assert!(!deleting.is_finished());
+    shim.fake.release();
+    assert_eq!(deleting.await.unwrap().pid, creating.await.unwrap());
+    assert!(shim.containers.all().is_empty());
+}
+
+#[tokio::test]
+async fn a_slow_end_of_an_execs_output_keeps_nobody_waiting() {
+    let shim = Shim::running().await;
+    shim.exec("e").await.unwrap();
+    let pid = shim.start("e").await.unwrap();
+    shim.fake.exit(pid, 0);
+    shim.wait("e").await.unwrap();
+    shim.fake.hold("delete exec");
+    let task = shim.task.clone();
+    let deleting = tokio::spawn(async move {
+        let request = DeleteRequest { id: "c".to_owned(), exec_id: "e".to_owned(), ..Default::default() };
+        task.delete(&ctx(), request).await.unwrap()
+    });
+    settle().await;
+    shim.kill("", 15, false).await.unwrap();
+    assert!(!deleting.is_finished());
+    shim.fake.release();
+    assert_eq!(deleting.await.unwrap().pid, pid);
+}

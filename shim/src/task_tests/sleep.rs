@@ -361,3 +361,38 @@ async fn update_and_checkpoint_of_a_sleeping_agent_leave_it_asleep() {
     assert_eq!(shim.fake.calls(), expected);
     assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_ASLEEP);
 }
+
+#[tokio::test]
+async fn an_agent_that_cannot_be_thawed_sleeps_on_and_says_why() {
+    let shim = Shim::running().await;
+    shim.sleep_at(WireDepth::DEPTH_FROZEN).await.unwrap();
+    shim.fake.fail_next("thaw", RuntimeError::Failed("a parent is frozen".to_owned()));
+    assert!(message(shim.wake().await).contains("a parent is frozen"));
+    let inspected = shim.inspect().await;
+    assert_eq!(inspected.state.unwrap(), WireState::STATE_ASLEEP);
+    assert!(inspected.last_error.contains("a parent is frozen"), "{}", inspected.last_error);
+    assert_eq!(shim.wake().await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_frozen_agent_that_dies_is_reported_even_when_its_cgroup_is_gone() {
+    let shim = Shim::running().await;
+    shim.sleep_at(WireDepth::DEPTH_FROZEN).await.unwrap();
+    shim.fake.fail_next("thaw", RuntimeError::Failed("the cgroup is gone".to_owned()));
+    shim.kill("", 9, true).await.unwrap();
+    assert_eq!(shim.wait("").await.unwrap(), 137);
+    shim.delete("").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_pause_in_the_middle_of_a_dump_is_refused_rather_than_forgotten() {
+    let shim = Shim::running().await;
+    shim.fake.hold("dump");
+    let sleeping = beside!(shim, |_, control: ControlService| async move {
+        let request = SleepRequest { id: "c".to_owned(), ..Default::default() };
+        control.sleep(&ctx(), request).await.map(drop)
+    });
+    assert!(message(shim.pause().await).contains("falling asleep already"));
+    shim.fake.release();
+    sleeping.await.unwrap().unwrap();
+}
