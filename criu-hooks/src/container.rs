@@ -8,6 +8,7 @@ use std::{
     fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
@@ -24,6 +25,9 @@ use crate::{
 
 /// The longest `config.json` that is read, in bytes.
 const MAX_SPEC: u64 = 16 * 1024 * 1024;
+
+/// How long a process that was found in the middle of a `vfork` is left alone.
+const FORK_PAUSE: Duration = Duration::from_millis(1);
 
 /// The name under which masked files are known to CRIU.
 const MASKED: &str = "masked";
@@ -61,9 +65,12 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// The cgroup is gone.
+    /// The cgroup is gone, or its processes do not stand still.
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
+    /// A process waits in `vfork` for a child that does not run its program. CRIU could not stop it.
+    #[error("process {0} has started a child that does not get to run its program")]
+    Forking(Pid),
 }
 
 /// A namespace of a container.
@@ -117,12 +124,6 @@ pub enum Blocker {
         pid: Pid,
         /// Its name.
         comm: String,
-    },
-    /// A process waits for a child that it has started by `vfork`. It could not be stopped where CRIU needs it.
-    #[error("process {pid} has started a child that does not get to run its program")]
-    Forking {
-        /// The process.
-        pid: Pid,
     },
     /// A process is in a cgroup of its own, which a restore would not bring back.
     #[error("process {pid} is in a cgroup below the container's")]
@@ -300,6 +301,26 @@ impl Container {
             .collect();
         sources.push((MASKED.to_owned(), "/dev/null".to_owned()));
         sources
+    }
+
+    /// Freezes the container at a moment at which it can be dumped. A process that waits in `vfork` counts as frozen, but
+    /// CRIU could not stop it; such a wait usually lasts less than a millisecond, so it is let pass. Whoever does
+    /// something between the freeze and the dump freezes by this: a dump then finds the container as it must be, and does
+    /// not let it run for a moment in between. On failure the container runs on.
+    ///
+    /// # Errors
+    /// [`Error::Cgroup`] when it does not stand still in time, [`Error::Forking`].
+    pub async fn freeze(&self, timeout: Duration) -> Result<(), Error> {
+        let started = Instant::now();
+        loop {
+            self.cgroup.freeze(timeout).await?;
+            let Some(pid) = self.forking()? else { return Ok(()) };
+            self.cgroup.thaw().await?;
+            if started.elapsed() > timeout {
+                return Err(Error::Forking(pid));
+            }
+            tokio::time::sleep(FORK_PAUSE).await;
+        }
     }
 
     /// A process of the container, all of it frozen, that waits in `vfork`.

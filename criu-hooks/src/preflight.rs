@@ -227,10 +227,11 @@ impl<'a> Preflight<'a> {
         sleeper.exit.await.map_err(|error| self.failed("see the end of a process", error))?;
         dumped?;
         let restored = self.try_request(Criu_req_type::RESTORE, None, &images).await?;
-        if let Some(pid) = restored {
-            let _ = rustix::process::kill_process(pid, Signal::KILL);
-            self.spawner.adopt(pid);
+        if restored != Some(sleeper.pid) {
+            return Err(self.failed("restore a small process", format!("{restored:?} came back")));
         }
+        let _ = rustix::process::kill_process(sleeper.pid, Signal::KILL);
+        self.spawner.adopt(sleeper.pid);
         Ok(())
     }
 
@@ -253,6 +254,7 @@ impl<'a> Preflight<'a> {
         opts.set_network_lock(Criu_network_lock_method::SKIP);
         match pid {
             Some(pid) => opts.set_pid(pid.as_raw_nonzero().get()),
+            // CRIU takes this for a restore alone.
             None => opts.set_rst_sibling(true),
         }
         let mut request = Criu_req::new();

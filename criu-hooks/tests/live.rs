@@ -128,7 +128,15 @@ on_a_node!(a_terminal_and_its_shell_survive, async || {
         rustix::io::write(&master, b"echo still-$remembered; stty size\n").unwrap();
         let seen = read_until(&master, "33 99").await;
         assert!(seen.contains("still-42"), "{seen}");
+        // Back at its prompt: a terminal cannot be dumped while a job has its foreground.
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    rustix::io::write(&master, b"sh -c 'echo in-front; sleep 0.5'; echo back\n").unwrap();
+    read_until(&master, "in-front\r").await;
+    let error = agent.dump().await.unwrap_err();
+    assert_eq!(cause(&error), Cause::ForegroundJob, "{error}");
+    agent.assert_running();
+    read_until(&master, "back\r").await;
     agent.delete();
 });
 
@@ -372,6 +380,7 @@ fn children_called(name: &str) -> Vec<Pid> {
 on_a_node!(criu_killed_when_it_has_the_last_word_leaves_the_agent_in_its_image, async || {
     let mut agent = Agent::start("counter", &Setup::default());
     let mut last = agent.count_on(0, 5).await;
+    agent.keep_network();
     for _ in 0..5 {
         let writer = agent.store.begin(NAMESPACE, "counter", None).unwrap();
         let options = DumpOptions::default();
@@ -841,8 +850,8 @@ for i in range(2, 1000000):
     agent.count_on(0, 1).await;
     let options = DumpOptions { freeze_timeout: Duration::from_millis(300), ..DumpOptions::default() };
     let error = agent.dump_with(&options).await.unwrap_err();
-    let forking = |blockers: &[Blocker]| matches!(blockers, [Blocker::Forking { pid }] if *pid == agent.pid);
-    assert!(matches!(&error, DumpError::Blocked(blockers) if forking(blockers)), "{error}");
+    let forking = matches!(&error, DumpError::Container(container::Error::Forking(pid)) if *pid == agent.pid);
+    assert!(forking, "{error}");
     assert!(!agent.container.cgroup.is_frozen().unwrap());
     let last = agent.count_on(1, 10).await;
     agent.dump().await.unwrap();

@@ -50,6 +50,8 @@ pub enum Cause {
     UnsupportedFile,
     /// A namespace inside the container is of a kind that CRIU does not dump.
     UnsupportedNamespace,
+    /// A program has the foreground of a terminal whose shell is not at its prompt.
+    ForegroundJob,
     /// The process ids of the image are in use.
     PidTaken,
     /// The disk is full.
@@ -84,6 +86,7 @@ const KNOWN: &[(&[&str], Cause)] = &[
     (&["FS mnt", "unsupported"], Cause::ForeignMount),
     (&["unreachable sharing"], Cause::ForeignMount),
     (&["No mapping for", "mountpoint"], Cause::ForeignMount),
+    (&["ctty inheritance detected"], Cause::ForegroundJob),
     (&["Can't handle non-regular mapping"], Cause::UnsupportedFile),
     (&["Can't dump file", "of that type"], Cause::UnsupportedFile),
     (&["anon_inode:"], Cause::UnsupportedFile),
@@ -155,6 +158,10 @@ impl Cause {
             }
             Cause::UnsupportedNamespace => {
                 "a process made a namespace that cannot be checkpointed; use a shallower depth"
+            }
+            Cause::ForegroundJob => {
+                "a program runs in the foreground of a shell's terminal; try again when the shell is at its prompt, or \
+                 use a shallower depth"
             }
             Cause::PidTaken => "a process id of the agent is in use; try again",
             Cause::DiskFull => "the disk with the images is full; free space on it",
@@ -277,6 +284,10 @@ mod tests {
                 Cause::FileChanged,
             ),
             ("Error (criu/files-reg.c:1790): Can't lookup mount=29 for fd=1 path=/x", Cause::ForeignFile),
+            (
+                "Error (criu/tty.c:2281): tty: ctty inheritance detected sid/pgrp 1, no PTY peer with sid/pgrp needed",
+                Cause::ForegroundJob,
+            ),
             ("Error (criu/image.c:563): Magic doesn't match for pstree.img", Cause::BadImage),
             ("Error (criu/bfd.c:136): bfd: Error writing: No space left on device", Cause::DiskFull),
             ("Error (criu/cr-dump.c:1808): Timeout reached. Try to interrupt: 1", Cause::Timeout),

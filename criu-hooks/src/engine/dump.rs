@@ -26,9 +26,6 @@ use crate::{
 
 const LOG: &str = "dump.log";
 
-/// How long a process that was found in the middle of a `vfork` is left alone.
-const FORK_PAUSE: Duration = Duration::from_millis(1);
-
 /// How a dump is to be made.
 #[derive(Debug, Clone)]
 pub struct DumpOptions {
@@ -169,7 +166,8 @@ impl Engine {
         report: &mut DumpReport,
     ) -> Result<(), DumpError> {
         let Job { container, init, writer, options } = *job;
-        *frozen = freeze(container, options.freeze_timeout).await?;
+        container.freeze(options.freeze_timeout).await?;
+        *frozen = Instant::now();
         let blockers = container.blockers(init)?;
         if !blockers.is_empty() {
             return Err(DumpError::Blocked(blockers));
@@ -282,24 +280,6 @@ fn open_namespace(pid: Pid, name: &str) -> std::io::Result<OwnedFd> {
     Ok(std::fs::File::open(format!("/proc/{pid}/ns/{name}"))?.into())
 }
 
-/// Freezes the container at a moment at which CRIU can work on it: a process that waits in `vfork` counts as frozen, but
-/// CRIU would wait for it until its own timeout. Such a wait usually lasts less than a millisecond, so it is let pass.
-async fn freeze(container: &Container, timeout: Duration) -> Result<Instant, DumpError> {
-    let started = Instant::now();
-    loop {
-        container.cgroup.freeze(timeout).await?;
-        let frozen = Instant::now();
-        let Some(pid) = container.forking()? else {
-            return Ok(frozen);
-        };
-        if started.elapsed() > timeout {
-            return Err(DumpError::Blocked(vec![Blocker::Forking { pid }]));
-        }
-        container.cgroup.thaw().await?;
-        tokio::time::sleep(FORK_PAUSE).await;
-    }
-}
-
 /// Sees to it that nothing is left in a cgroup whose processes were dumped.
 async fn empty(cgroup: &Cgroup) -> Result<(), cgroup::Error> {
     if cgroup.wait_unpopulated(Duration::from_secs(1)).await.is_ok() {
@@ -333,7 +313,8 @@ struct Attempt {
 impl Attempt {
     /// Ends CRIU, but never by force while it may hold the processes: one that dies with its code in them can take
     /// them along. It is told by hanging up, and lets go of them when it next wants a word, at the end of its work at
-    /// the latest. When it was free to kill, what is left of the processes follows; otherwise they run on and the image is void. May be
+    /// the latest. When it was free to kill, what is left of the processes follows; otherwise they run on and the
+    /// image is void. May be
     /// broken off and called again.
     async fn settle(&mut self) -> End {
         if let Some(session) = self.session.as_mut() {
@@ -343,6 +324,7 @@ impl Attempt {
         // Whether a process was killed cannot be seen: one that CRIU has sent SIGKILL may look alive a while longer. All
         // of them stand still since before the last word, so the image is the agent as it is.
         if self.may_kill {
+            let _ = self.cgroup.kill();
             if let Err(error) = empty(&self.cgroup).await {
                 tracing::error!(%error, "what was dumped cannot be killed");
             }
