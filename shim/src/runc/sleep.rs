@@ -131,7 +131,8 @@ impl RuncContainer {
         let writer = self.begin_image().await?;
         let pids: Vec<u32> = self.cgroup.procs().map_err(failed)?.into_iter().map(process::number).collect();
         let frozen = Instant::now();
-        self.cgroup.freeze(FREEZE).await.map_err(precondition)?;
+        // Nothing may be thawed again after this: the streams are as they are from here on.
+        container.freeze(FREEZE).await.map_err(precondition)?;
         self.io.prepare_dump().await.map_err(failed)?;
 
         // runc's record must be brought up to date after a direct restore, or exec would not work.
