@@ -51,6 +51,8 @@ setup: packages
 build: packages
 	@echo "Building the release (the first time takes minutes) …"
 	@$(BUILD)
+	@size=$$(stat -c %s $(OUTPUT)/containerd-shim-agentcube-v1); \
+	[ "$$size" -le 5000000 ] || { echo "The shim has $$size bytes: keep it at 5 MB at most."; exit 1; }
 
 demo: setup
 	@$(OUTPUT)/demo
