@@ -1,0 +1,245 @@
+//! CRIU killed, and dumps and restores given up, at every moment.
+
+use super::*;
+
+/// When to kill.
+#[derive(Clone)]
+enum When {
+    /// So long after the start.
+    After(Duration),
+    /// As soon as the files of this directory have so many bytes.
+    Grown(PathBuf, u64),
+}
+
+fn bytes_in(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter_map(|entry| Some(entry.metadata().ok()?.len())).sum()
+}
+
+/// Kills each CRIU that it starts.
+struct Killer(When);
+
+impl Killer {
+    fn engine(when: When) -> Engine {
+        Engine::new("/usr/sbin/criu", std::sync::Arc::new(Killer(when)))
+    }
+}
+
+impl Spawner for Killer {
+    fn spawn(&self, command: Command) -> std::io::Result<Child> {
+        let child = LocalSpawner.spawn(command)?;
+        let (pidfd, when) = (child.pidfd.try_clone()?, self.0.clone());
+        tokio::spawn(async move {
+            match when {
+                When::After(after) => tokio::time::sleep(after).await,
+                When::Grown(path, bytes) => {
+                    while bytes_in(&path) < bytes {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
+                }
+            }
+            let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
+        });
+        Ok(child)
+    }
+
+    fn adopt(&self, pid: Pid) {
+        LocalSpawner.adopt(pid);
+    }
+}
+
+/// Memory that takes a while to write, and a check that it is whole.
+const BALLAST: &str = "import time, os
+ballast = bytearray(os.urandom(1 << 20) * 256)
+check = sum(ballast[::4096])
+i = 0
+while True:
+    i += 1
+    assert sum(ballast[::4096]) == check
+    print(i, flush=True)
+    time.sleep(0.02)";
+
+on_a_node!(criu_killed_while_it_writes_memory_leaves_the_agent_running, async || {
+    let args = ["python3", "-c", BALLAST];
+    let mut agent = Agent::start("ballast", &Setup { args: &args, whole_root: true, ..Setup::default() });
+    let mut last = agent.count_on(0, 5).await;
+    for mebibytes in [20, 60, 100, 140] {
+        let images = PathBuf::from("/run/images/test/ballast/1/img");
+        let kept = std::mem::replace(&mut agent.engine, Killer::engine(When::Grown(images, mebibytes << 20)));
+        let error = agent.dump().await.unwrap_err();
+        agent.engine = kept;
+        assert!(error.to_string().contains("signal 9"), "at {mebibytes} MiB: {error}");
+        assert!(agent.store.latest(NAMESPACE, "ballast").unwrap().is_none());
+        agent.assert_running();
+        last = agent.count_on(last, 4).await;
+    }
+    let whole = agent.dump().await.unwrap();
+    let restored = agent.restore().await.unwrap();
+    println!("256 MiB: dump {:?}, restore {:?}", whole.total, restored.total);
+    agent.count_on(last, 4).await;
+    agent.delete();
+});
+
+/// Kills CRIU when it asks for the last word.
+struct KillAtTheEnd<'a>(&'a Cgroup);
+
+#[async_trait::async_trait]
+impl DumpHooks for KillAtTheEnd<'_> {
+    async fn before_kill(&mut self) -> Result<(), HookError> {
+        assert!(self.0.is_frozen().unwrap(), "nothing may run past the image");
+        let pid = children_called("criu");
+        rustix::process::kill_process(pid[0], Signal::KILL)?;
+        Ok(())
+    }
+}
+
+/// The living children of this process with this name. (As the first process of its node it inherits dead ones too.)
+fn children_called(name: &str) -> Vec<Pid> {
+    let me = rustix::process::getpid().as_raw_nonzero().get();
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?));
+    pids.filter(|pid| {
+        procfs::stat(*pid).is_ok_and(|stat| stat.ppid == me && stat.comm == name && stat.state != 'Z')
+    })
+    .collect()
+}
+
+on_a_node!(criu_killed_when_it_has_the_last_word_leaves_the_agent_in_its_image, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let mut last = agent.count_on(0, 5).await;
+    agent.keep_network();
+    for _ in 0..5 {
+        let writer = agent.store.begin(NAMESPACE, "counter", None).unwrap();
+        let options = DumpOptions::default();
+        let cgroup = agent.container.cgroup.clone();
+        let mut hooks = KillAtTheEnd(&cgroup);
+        let dump = agent.engine.dump(&agent.container, agent.pid, &writer, &options, &mut hooks);
+        // CRIU was free to kill, and may have begun to: the image is complete, and nothing has run past it.
+        agent.slept(dump.await.unwrap());
+        writer.finish().unwrap();
+        assert!(!cgroup.populated().unwrap());
+        agent.restore().await.unwrap();
+        last = agent.count_on(last, 10).await;
+        agent.store.remove_all(NAMESPACE, "counter").unwrap();
+    }
+    agent.delete();
+});
+
+on_a_node!(criu_killed_in_the_middle_of_a_restore_leaves_nothing, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    agent.dump().await.unwrap();
+    let before = Census::take();
+    let mut broken_off = 0;
+    for after in (0..30).step_by(2) {
+        let engine = Killer::engine(When::After(Duration::from_millis(after)));
+        let kept = std::mem::replace(&mut agent.engine, engine);
+        let result = agent.restore().await;
+        agent.engine = kept;
+        let Err(error) = result else { break };
+        broken_off += 1;
+        assert!(matches!(error, RestoreError::Criu(_)), "after {after} ms: {error}");
+        assert!(!agent.container.cgroup.populated().unwrap());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(Census::take_as_init(), before, "after {after} ms");
+    }
+    assert!(broken_off >= 3, "only {broken_off} restores were broken off");
+    if !procfs::alive(agent.pid) {
+        agent.restore().await.unwrap();
+    }
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
+
+on_a_node!(a_dump_given_up_at_any_moment_leaves_the_agent_running_or_whole_on_disk, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let mut last = agent.count_on(0, 5).await;
+    let mut given_up = 0;
+    agent.keep_network();
+    for after in (0..80).step_by(2) {
+        let cut = tokio::time::timeout(Duration::from_millis(after), agent.dump()).await;
+        given_up += usize::from(cut.is_err());
+        // What goes on in the background takes no longer than a dump.
+        while !children_called("criu").is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if agent.container.cgroup.populated().unwrap() {
+            assert!(agent.store.latest(NAMESPACE, "counter").unwrap().is_none(), "after {after} ms");
+        } else {
+            // The kill had begun: the image is the agent now.
+            assert!(after > 20, "dead after {after} ms");
+            if cut.is_err() {
+                reap(agent.pid);
+            }
+            agent.restore().await.unwrap();
+            agent.image().remove().unwrap();
+        }
+        agent.assert_running();
+        last = agent.count_on(last, 4).await;
+    }
+    assert!(given_up >= 5, "only {given_up} dumps were given up");
+    agent.delete();
+});
+
+on_a_node!(a_restore_given_up_at_any_moment_leaves_nothing, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    agent.dump().await.unwrap();
+    let before = Census::take();
+    let mut given_up = 0;
+    for after in (0..40).step_by(2) {
+        if tokio::time::timeout(Duration::from_millis(after), agent.restore()).await.is_ok() {
+            break;
+        }
+        given_up += 1;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!agent.container.cgroup.populated().unwrap(), "after {after} ms");
+        assert_eq!(Census::take_as_init(), before, "after {after} ms");
+    }
+    assert!(given_up >= 3, "only {given_up} restores were given up");
+    if !procfs::alive(agent.pid) {
+        agent.restore().await.unwrap();
+    }
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
+
+on_a_node!(criu_killed_at_any_moment_never_leaves_the_agent_stuck, async || {
+    // A CRIU that is killed while it puts its code into a process can take that process along: nothing that runs outside
+    // can undo what it has written to its registers. What must never be is an agent that neither runs nor has ended.
+    let (mut dumps, mut lost) = (0, 0);
+    for round in 0..4 {
+        let mut agent = Agent::start(&format!("counter{round}"), &Setup::default());
+        let mut last = agent.count_on(0, 5).await;
+        for after in (0..40).step_by(3) {
+            let killer = Killer::engine(When::After(Duration::from_millis(after)));
+            let kept = std::mem::replace(&mut agent.engine, killer);
+            let result = agent.dump().await;
+            agent.engine = kept;
+            dumps += 1;
+            if result.is_ok() {
+                agent.restore().await.unwrap();
+                agent.image().remove().unwrap();
+            }
+            assert!(!agent.container.cgroup.is_frozen().unwrap(), "after {after} ms");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if !procfs::alive(agent.pid) {
+                lost += 1;
+                break;
+            }
+            let line = agent.line().await;
+            if line.contains("trap") {
+                // A child of the shell was hit; the shell goes on.
+                lost += 1;
+            } else {
+                assert_eq!(line.parse(), Ok(last + 1));
+                last += 1;
+            }
+            last = agent.count_on(last, 4).await;
+        }
+        agent.delete();
+    }
+    println!("{lost} processes ended in {dumps} dumps whose CRIU was killed");
+    assert!(lost * 4 <= dumps, "{lost} of {dumps}");
+});
