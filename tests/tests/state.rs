@@ -10,13 +10,13 @@ use std::thread;
 use std::time::Duration;
 
 use agentcube_tests::images::Image;
-use agentcube_tests::node::{Agent, Net, Node};
+use agentcube_tests::node::{Agent, Net, Node, Runtime};
 use agentcube_tests::skipped;
 use containerd_shim::protos::api::UpdateTaskRequest;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use cycle::{
-    agent, agentcube, assert_asleep, cgroup, counted, counts_on, host_pids, inspect, patience, running, shim,
-    sleep, sleep_at, start, wake, wakes,
+    SOON, agent, agentcube, assert_asleep, cgroup, counted, counts_on, host_pids, inspect, patience, running,
+    script, shim, sleep, sleep_at, start, wake, wakes,
 };
 use serde_json::{Value, json};
 
@@ -79,6 +79,40 @@ fn pss(pid: u32) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn a_program_that_waits_goes_on_waiting_after_a_wake() {
+    let node = start();
+    let before = "import time, threading\nprint('waits', flush=True)\n";
+    let in_python = format!("{before}threading.Event().wait(1000)\nprint('over', flush=True)");
+    let waiting = [
+        ("sleep", script("sleep", Runtime::Agentcube, "echo waits; exec sleep 1000")),
+        ("child", script("child", Runtime::Agentcube, "echo waits; sleep 1000; echo over")),
+        ("python", agent(Image::Python, "python").args(&["python3", "-c", &in_python])),
+    ];
+    for (name, spec) in waiting {
+        let agent = node.run_agent(&spec).unwrap();
+        node.wait_until("it to wait", SOON, || Ok(agent.log()?.contains("waits"))).unwrap();
+        for _ in 0..3 {
+            thread::sleep(SEVERAL_TICKS);
+            sleep(&node, &agent);
+            wake(&node, &agent);
+        }
+        thread::sleep(SEVERAL_TICKS);
+        running(&agent);
+        assert!(!agent.log().unwrap().contains("over"), "{name} waits no longer");
+        agent.delete().unwrap();
+    }
+}
+
+#[test]
+fn what_is_left_of_a_short_sleep_ends_after_a_wake() {
+    let node = start();
+    let agent = node.run_agent(&script("s", Runtime::Agentcube, "echo waits; sleep 3; echo over")).unwrap();
+    node.wait_until("it to wait", SOON, || Ok(agent.log()?.contains("waits"))).unwrap();
+    cycle::cycle(&node, &agent);
+    node.wait_until("its sleep to end", SOON, || Ok(agent.log()?.contains("over"))).unwrap();
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::{
 use async_trait::async_trait;
 use rustix::{fd::OwnedFd, process::Pid};
 
-use super::{DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts, request};
+use super::{DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts, request, restart};
 use crate::{
     cgroup::{self, Cgroup},
     container::{self, Blocker, Container, Namespace},
@@ -381,6 +381,13 @@ impl Notify<'_> {
             // it lets go of them by dying.
             self.cgroup.freeze(self.options.freeze_timeout).await?;
         }
+        let again = restart::let_calls_go_on(self.writer.images_dir(), self.writer.work_dir(), LOG);
+        let again = again.map_err(|source| image::Error::Io {
+            action: "let sleeping system calls go on in",
+            path: self.writer.path().to_owned(),
+            source,
+        })?;
+        tracing::debug!(again, "system calls that go on after the restore");
         let mut facts = self.facts.clone();
         facts.stopped_us = u64::try_from(self.frozen.elapsed().as_micros()).unwrap_or(u64::MAX);
         let manifest = self.writer.complete_in_background(facts).await?;
