@@ -75,9 +75,14 @@ fn megabytes_in_flight_arrive_whole_at_a_slow_reader() {
         thread::sleep(Duration::from_millis(150));
         sleep(&node, &agent);
         assert!(output.stdout().len() < taken + (1 << 20), "the reader did not stop");
-        // ctr passes this signal on, which wakes the agent.
+        // ctr passes this signal on, which wakes the agent; but not in the first moments of its run.
         output.signal(Signal::CONT).unwrap();
-        node.wait_until("it to wake", SOON, || Ok(wakes(&node, &agent) == round)).unwrap();
+        node.wait_until("it to wake", SOON, || {
+            // Refused while it wakes, and nothing to do when it has.
+            let _ = agentcube(&node, &agent, &["wake"]);
+            Ok(wakes(&node, &agent) == round)
+        })
+        .unwrap();
     }
     output.wait_for_output("the end", SOON, |text| text.ends_with(&format!("\n{FLOOD}\n"))).unwrap();
     assert_eq!(counted(&output.stdout()), FLOOD as usize);
