@@ -10,6 +10,7 @@ use containerd_shim::{
     protos::api::Mount,
     util::{mkdir, mount_rootfs},
 };
+use criu_hooks::engine::RESTORE_ROOT;
 use rustix::mount::UnmountFlags;
 use tracing::warn;
 
@@ -70,9 +71,6 @@ pub async fn mount(bundle: &Path, mounts: &[Mount]) -> Result<(), RootfsError> {
     }
     Ok(())
 }
-
-/// Where a restore mounts the root file system for CRIU; left there by a shim that died in one.
-const RESTORE_ROOT: &str = "criu-root";
 
 /// Unmounts all that is mounted on the bundle's `rootfs`, and what a restore may have left; at once, or lazily where
 /// something still uses it. What is not mounted is no error. Nothing may stay mounted: containerd removes the bundle

@@ -19,6 +19,7 @@ use rustix::process::Pid;
 
 pub use dump::{DumpError, DumpOptions, DumpReport};
 pub use restore::{InheritFd, RestoreError, RestoreOptions, Restored};
+pub use rootfs::RESTORE_ROOT;
 
 use crate::{
     criu::{

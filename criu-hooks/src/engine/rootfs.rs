@@ -11,8 +11,8 @@ use rustix::{
     mount::{MountPropagationFlags, UnmountFlags, mount_bind_recursive, mount_change, unmount},
 };
 
-/// The directory of a bundle where it is mounted.
-const NAME: &str = "criu-root";
+/// The directory of a bundle where it is mounted. It stays mounted when this process dies in a restore.
+pub const RESTORE_ROOT: &str = "criu-root";
 
 /// A mount that goes away with this value.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ impl RootMount {
     /// Mounts `rootfs` once more, in a directory of `bundle`. What an earlier restore left there, killed in the middle,
     /// is unmounted first.
     pub(super) fn new(rootfs: &Path, bundle: &Path) -> io::Result<RootMount> {
-        let path = bundle.join(NAME);
+        let path = bundle.join(RESTORE_ROOT);
         match fs::DirBuilder::new().mode(0o700).create(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => clear(&path)?,
