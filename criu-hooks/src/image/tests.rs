@@ -32,7 +32,7 @@ fn image(store: &Store) -> Image {
         fs::write(writer.path().join("img").join(name), contents).unwrap();
     }
     writer.complete(facts()).unwrap();
-    writer.finish().unwrap()
+    writer.open().unwrap()
 }
 
 #[test]

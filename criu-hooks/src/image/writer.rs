@@ -156,11 +156,11 @@ impl ImageWriter {
         Revoker(Arc::clone(&self.generation))
     }
 
-    /// The finished image.
+    /// The finished image. Opened before the processes are killed, it needs nothing more that could fail afterwards.
     ///
     /// # Errors
     /// [`Error::Missing`] when it is not complete.
-    pub fn finish(self) -> Result<Image, Error> {
+    pub fn open(&self) -> Result<Image, Error> {
         let generation = &self.generation;
         let missing = || Error::Missing { image: generation.path.clone(), file: MANIFEST.to_owned() };
         if !self.is_complete() {

@@ -116,7 +116,7 @@ on_a_node!(criu_killed_when_it_has_the_last_word_leaves_the_agent_in_its_image, 
         let dump = agent.engine.dump(&agent.container, agent.pid, &writer, &options, &mut hooks);
         // CRIU was free to kill, and may have begun to: the image is complete, and nothing has run past it.
         agent.slept(dump.await.unwrap());
-        writer.finish().unwrap();
+        writer.open().unwrap();
         assert!(!cgroup.populated().unwrap());
         agent.restore().await.unwrap();
         last = agent.count_on(last, 10).await;

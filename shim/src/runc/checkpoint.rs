@@ -19,10 +19,13 @@ use criu_hooks::{
 use rustix::process::Pid;
 use tracing::warn;
 
-use super::{RuncContainer, create, failed, precondition, process};
+use super::{
+    RuncContainer, create, failed, precondition,
+    process::{self, ProcessHandle},
+    sleep::Woken,
+};
 use crate::{
     io::{ConsoleSocket, Inherit},
-    reaper::ExitWatch,
     runtime::{CheckpointConfig, RuntimeError, Veto},
 };
 
@@ -157,7 +160,7 @@ impl RuncContainer {
         spec_digest: String,
         writer: &ImageWriter,
         veto: &Veto,
-    ) -> Result<(), RuntimeError> {
+    ) -> Result<Image, RuntimeError> {
         let stdio = procfs::stdio_keys(init).map_err(failed)?;
         let frozen = std::time::Instant::now();
         let config = CheckpointConfig {
@@ -178,18 +181,33 @@ impl RuncContainer {
             versions: Versions { runc: "checkpoint".to_owned(), ..Versions::default() },
         };
         writer.complete_in_background(facts).await.map_err(failed)?;
+        let image = match self.kill_dumped(writer, veto) {
+            Ok(image) => image,
+            Err(error) => {
+                writer.revoke().map_err(failed)?;
+                return Err(error);
+            }
+        };
+        // From here on the image is the agent: what is not as it should be is no failure of the sleep.
+        let emptied = self.cgroup.wait_unpopulated(super::FREEZE).await;
+        if let Err(error) = emptied.and(self.cgroup.thaw().await) {
+            warn!(id = %self.id, %error, "the cgroup is not as it should be after a dump");
+        }
+        Ok(image)
+    }
+
+    /// Kills what runc has dumped, unless something speaks against it.
+    fn kill_dumped(&self, writer: &ImageWriter, veto: &Veto) -> Result<Image, RuntimeError> {
+        let image = writer.open().map_err(failed)?;
         if veto.is_raised() {
-            writer.revoke().map_err(failed)?;
             return Err(RuntimeError::Vetoed);
         }
         // runc hands a frozen cgroup back frozen; whoever thawed it meanwhile let the agent run on past its image.
         if !self.cgroup.is_frozen().map_err(failed)? {
-            writer.revoke().map_err(failed)?;
             return Err(failed("runc thawed the container: the image is out of date and was discarded"));
         }
         self.cgroup.kill().map_err(failed)?;
-        self.cgroup.wait_unpopulated(super::FREEZE).await.map_err(failed)?;
-        self.cgroup.thaw().await.map_err(failed)
+        Ok(image)
     }
 
     /// Restores with runc, which makes the container anew. Returns the new init process, its exit, and its console.
@@ -198,7 +216,7 @@ impl RuncContainer {
         image: &Arc<Image>,
         inherit: &[Inherit],
         terminal: bool,
-    ) -> Result<(Pid, ExitWatch, Option<std::os::fd::OwnedFd>), RuntimeError> {
+    ) -> Result<Woken, RuntimeError> {
         // runc restores only what does not exist. Its record of the dead container is no loss: the image has all.
         if let Err(error) = self.runc.delete(&self.id, None).await {
             let error = process::runc_error("delete", error, &self.runc_log());
@@ -235,11 +253,12 @@ impl RuncContainer {
             self.run_runc("restore", command, &work, "restore.log").await?;
             let pid = process::read_pid(&pid_file)?;
             let exit = self.reaper.claim(pid, mark);
+            let init = ProcessHandle::open(pid);
             let console = match console {
                 Some(socket) => Some(socket.receive().await.map_err(failed)?),
                 None => None,
             };
-            Ok((pid, exit, console))
+            Ok(Woken { pid, init, exit, console })
         };
         let restored = restored.await;
         if restored.is_err() {

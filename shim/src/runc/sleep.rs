@@ -45,13 +45,21 @@ fn time_for(bytes: u64) -> Duration {
     LEAST_TIME + Duration::from_secs(bytes / SLOWEST)
 }
 
-/// Gives the dump up while nothing is lost.
-struct UnlessWoken(Veto);
+/// Gives the dump up while nothing is lost. Opens the image: once the processes are gone, nothing may fail any more.
+struct LastWord<'a> {
+    veto: Veto,
+    writer: &'a ImageWriter,
+    image: Option<Image>,
+}
 
 #[async_trait]
-impl DumpHooks for UnlessWoken {
+impl DumpHooks for LastWord<'_> {
     async fn before_kill(&mut self) -> Result<(), HookError> {
-        if self.0.is_raised() { Err("something needs the agent awake".into()) } else { Ok(()) }
+        if self.veto.is_raised() {
+            return Err("something needs the agent awake".into());
+        }
+        self.image = Some(self.writer.open()?);
+        Ok(())
     }
 }
 
@@ -59,15 +67,24 @@ impl DumpHooks for UnlessWoken {
 struct ClaimInit {
     reaper: Reaper,
     mark: Option<Mark>,
-    exit: Option<ExitWatch>,
+    init: Option<(ProcessHandle, ExitWatch)>,
 }
 
 #[async_trait]
 impl RestoreHooks for ClaimInit {
     async fn created(&mut self, pid: Pid) -> Result<(), HookError> {
-        self.exit = self.mark.take().map(|mark| self.reaper.claim(pid, mark));
+        // Both at once: nothing is reaped in between, so the pid is still its own.
+        self.init = self.mark.take().map(|mark| (ProcessHandle::open(pid), self.reaper.claim(pid, mark)));
         Ok(())
     }
+}
+
+/// A container's new init process, and its terminal if it has one.
+pub(super) struct Woken {
+    pub(super) pid: Pid,
+    pub(super) init: ProcessHandle,
+    pub(super) exit: ExitWatch,
+    pub(super) console: Option<OwnedFd>,
 }
 
 /// A store that cannot take an image: what kind of trouble that is.
@@ -80,7 +97,10 @@ fn store_error(error: &image::Error) -> RuntimeError {
 
 fn dump_error(error: DumpError) -> RuntimeError {
     match error {
-        DumpError::Vetoed(_) => RuntimeError::Vetoed,
+        DumpError::Vetoed(reason) => match reason.downcast::<image::Error>() {
+            Ok(error) => store_error(&error),
+            Err(_) => RuntimeError::Vetoed,
+        },
         DumpError::Image(error) => store_error(&error),
         DumpError::NotRunning(_) => failed(error),
         other => precondition(other),
@@ -136,22 +156,22 @@ impl RuncContainer {
         self.io.prepare_dump().await.map_err(failed)?;
 
         // runc's record must be brought up to date after a direct restore, or exec would not work.
-        let (made_by, network) = match state_file::StateFile::read(&self.state_file()) {
+        let (made_by, network, image) = match state_file::StateFile::read(&self.state_file()) {
             Ok(_) => {
-                let mut hooks = UnlessWoken(veto);
+                let mut hooks = LastWord { veto, writer: &writer, image: None };
                 let timeout = time_for(stats::resident(self.cgroup.path()));
                 let options = DumpOptions { timeout, ..DumpOptions::default() };
                 let dump = engine.dump(&container, init, &writer, &options, &mut hooks).await;
-                (DIRECT, dump.map_err(dump_error)?.network)
+                (DIRECT, dump.map_err(dump_error)?.network, hooks.image)
             }
             Err(reason) => {
                 warn!(id = %self.id, %reason, "runc is of an unknown kind: it dumps and restores this container itself");
-                self.dump_with_runc(init, container.spec_digest, &writer, &veto).await?;
-                (RUNC, None)
+                let image = self.dump_with_runc(init, container.spec_digest, &writer, &veto).await?;
+                (RUNC, None, Some(image))
             }
         };
+        let image = Arc::new(image.ok_or_else(|| failed("CRIU killed without a last word"))?);
         let stopped = frozen.elapsed();
-        let image = Arc::new(writer.finish().map_err(failed)?);
         let report = DumpReport {
             stopped,
             image_bytes: image.bytes(),
@@ -185,28 +205,26 @@ impl RuncContainer {
         };
         let container = self.for_engine()?;
         let inherit = self.io.inherit().map_err(failed)?;
-        let (pid, exit, console, engine) = match &kind {
+        let (woken, engine) = match &kind {
             ImageKind::Direct(image) => {
-                let (pid, exit, console) = self.restore_directly(&container, image, network, inherit).await?;
-                if let Err(error) = state_file::update(&self.state_file(), pid) {
-                    warn!(id = %self.id, %error, "exec will not work: runc does not know the new init process");
+                let woken = self.restore_directly(&container, image, network, inherit).await?;
+                if let Err(error) = state_file::update(&self.state_file(), woken.pid) {
+                    warn!(id = %self.id, %error, "runc does not know the new init process: the next exec tells it");
                 }
-                (pid, exit, console, DIRECT)
+                (woken, DIRECT)
             }
             ImageKind::Runc(image) => {
                 let (namespace, id) = (self.namespace.as_str(), self.id.as_str());
                 let spec_digest = container.spec_digest.as_str();
                 image.verify(&Expected { namespace, container: id, spec_digest }).map_err(failed)?;
-                let (pid, exit, console) =
-                    self.restore_with_runc(image, &inherit, container.has_terminal).await?;
-                (pid, exit, console, RUNC)
+                (self.restore_with_runc(image, &inherit, container.has_terminal).await?, RUNC)
             }
         };
-        if let Err(error) = self.io.finish_restore(console) {
+        if let Err(error) = self.io.finish_restore(woken.console) {
             warn!(id = %self.id, %error, "its terminal has not the size that it should have");
         }
-        self.lock().init = ProcessHandle::open(pid);
-        Ok(Restored { process: process::of(pid, exit), engine })
+        self.lock().init = woken.init;
+        Ok(Restored { process: process::of(woken.pid, woken.exit), engine })
     }
 
     async fn restore_directly(
@@ -215,19 +233,19 @@ impl RuncContainer {
         image: &Image,
         network: Option<OwnedFd>,
         inherit: Vec<Inherit>,
-    ) -> Result<(Pid, ExitWatch, Option<OwnedFd>), RuntimeError> {
+    ) -> Result<Woken, RuntimeError> {
         let inherit = inherit.into_iter().map(|end| InheritFd { key: end.key, fd: end.fd }).collect();
         let timeout = time_for(image.bytes());
         let options = RestoreOptions { network, timeout, ..RestoreOptions::default() };
-        let mut hooks = ClaimInit { reaper: self.reaper.clone(), mark: Some(self.reaper.mark()), exit: None };
+        let mut hooks = ClaimInit { reaper: self.reaper.clone(), mark: Some(self.reaper.mark()), init: None };
         let restored = self
             .engine
             .restore(&self.namespace, container, image, &options, inherit, &mut hooks)
             .await
             .map_err(failed)?;
-        let exit =
-            hooks.exit.ok_or_else(|| failed("CRIU restored it without telling of its init process"))?;
-        Ok((restored.pid, exit, restored.console))
+        let (init, exit) =
+            hooks.init.ok_or_else(|| failed("CRIU restored it without telling of its init process"))?;
+        Ok(Woken { pid: restored.pid, init, exit, console: restored.console })
     }
 
     pub(super) fn state_file(&self) -> std::path::PathBuf {
