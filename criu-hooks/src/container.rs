@@ -13,7 +13,7 @@ use std::{
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use rustix::{
-    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags},
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatFs, StatxAttributes, StatxFlags},
     io::Errno,
     process::Pid,
 };
@@ -30,7 +30,7 @@ const MAX_SPEC: u64 = 16 * 1024 * 1024;
 const FORK_PAUSE: Duration = Duration::from_millis(1);
 
 /// The name under which masked files are known to CRIU.
-const MASKED: &str = "masked";
+pub(crate) const MASKED: &str = "masked";
 
 /// What can be wrong with a container, as far as its dump goes.
 #[derive(Debug, thiserror::Error)]
@@ -421,10 +421,10 @@ fn exec_name(pid: Pid, init: Pid) -> io::Result<Option<String>> {
 }
 
 /// The root directory of a process.
-struct Root(rustix::fd::OwnedFd);
+pub(crate) struct Root(rustix::fd::OwnedFd);
 
 impl Root {
-    fn of(pid: Pid) -> rustix::io::Result<Root> {
+    pub(crate) fn of(pid: Pid) -> rustix::io::Result<Root> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::openat(CWD, format!("/proc/{pid}/root"), flags, Mode::empty()).map(Root)
     }
@@ -432,17 +432,28 @@ impl Root {
     /// The number of the mount whose root is at `path`, links followed as the process would, and what is there;
     /// `None` when there is no mount.
     fn mount_at(&self, path: &Path) -> rustix::io::Result<Option<(u64, FileType)>> {
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let opened = match rustix::fs::openat2(&self.0, path, flags, Mode::empty(), resolve) {
-            Ok(opened) => opened,
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
-            Err(error) => return Err(error),
-        };
+        let Some(opened) = self.open(path)? else { return Ok(None) };
         let wanted = StatxFlags::TYPE | StatxFlags::MNT_ID;
         let stat = rustix::fs::statx(&opened, "", AtFlags::EMPTY_PATH, wanted)?;
         let is_root = stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
         Ok(is_root.then(|| (stat.stx_mnt_id, FileType::from_raw_mode(stat.stx_mode.into()))))
+    }
+
+    /// The number of the mount in which `path` is, links followed as the process would, and how full its file system is;
+    /// `None` when there is nothing.
+    pub(crate) fn mount_and_usage(&self, path: &Path) -> rustix::io::Result<Option<(u64, StatFs)>> {
+        let Some(opened) = self.open(path)? else { return Ok(None) };
+        let stat = rustix::fs::statx(&opened, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
+        Ok(Some((stat.stx_mnt_id, rustix::fs::fstatfs(&opened)?)))
+    }
+
+    fn open(&self, path: &Path) -> rustix::io::Result<Option<rustix::fd::OwnedFd>> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        match rustix::fs::openat2(&self.0, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve) {
+            Ok(opened) => Ok(Some(opened)),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 

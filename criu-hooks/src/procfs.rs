@@ -24,6 +24,8 @@ pub struct Mount {
     pub mount_point: PathBuf,
     /// The type of the file system.
     pub fs_type: String,
+    /// Nobody may bind it elsewhere.
+    pub unbindable: bool,
 }
 
 /// Some fields of `/proc/PID/stat`.
@@ -122,8 +124,10 @@ fn parse_mount(line: &[u8]) -> Option<Mount> {
     let device = text(fields.next()?)?;
     let root = unescape(fields.next()?);
     let mount_point = unescape(fields.next()?);
-    let fs_type = fields.skip_while(|field| *field != b"-").nth(1).and_then(text)?;
-    Some(Mount { id, parent, device, root, mount_point, fs_type })
+    let optional: Vec<&[u8]> = fields.by_ref().take_while(|field| *field != b"-").collect();
+    let unbindable = optional.contains(&&b"unbindable"[..]);
+    let fs_type = text(fields.next()?)?;
+    Some(Mount { id, parent, device, root, mount_point, fs_type, unbindable })
 }
 
 /// Undoes the octal escapes (`\040` for a space) of mountinfo.
@@ -219,7 +223,14 @@ mod tests {
         assert_eq!(mounts.len(), 2);
         assert_eq!(mounts[0].mount_point, Path::new("/mnt 2"));
         assert_eq!((mounts[0].fs_type.as_str(), mounts[0].device.as_str()), ("ext3", "98:0"));
+        assert!(!mounts[0].unbindable);
         assert_eq!((mounts[1].id, mounts[1].parent, mounts[1].fs_type.as_str()), (40, 36, "tmpfs"));
+    }
+
+    #[test]
+    fn an_unbindable_mount_is_known() {
+        let mounts = parse_mountinfo(b"40 36 0:5 / /dev rw unbindable - tmpfs tmpfs rw");
+        assert!(mounts[0].unbindable && mounts[0].fs_type == "tmpfs", "{mounts:?}");
     }
 
     #[test]

@@ -360,7 +360,7 @@ on_a_node!(a_dump_may_leave_the_agent_running, async || {
     let report =
         agent.engine.dump(&agent.container, agent.pid, &writer, &options, &mut NoHooks).await.unwrap();
     assert!(writer.is_complete());
-    agent.network = report.network;
+    agent.kept = report.kept;
     agent.assert_running();
     let later = agent.count_on(last, 20).await;
     // The image is of the moment of the dump.

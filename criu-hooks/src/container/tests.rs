@@ -102,6 +102,7 @@ fn mount(id: u64, device: &str, root: &str, mount_point: &str, fs_type: &str) ->
         root: root.into(),
         mount_point: mount_point.into(),
         fs_type: fs_type.to_owned(),
+        unbindable: false,
     }
 }
 

@@ -5,6 +5,7 @@
 //! `work_dir_fd` are opened through the caller's `/proc`, inherited ones must be open in CRIU itself.
 
 use std::{
+    ffi::CString,
     io::{self, IoSliceMut},
     mem::MaybeUninit,
     os::{
@@ -18,8 +19,9 @@ use std::{
 
 use protobuf::Message;
 use rustix::{
+    fs::CWD,
     io::{Errno, FdFlags},
-    mount::{MountPropagationFlags, mount_change},
+    mount::{MountPropagationFlags, MoveMountFlags, mount_change, move_mount},
     net::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
         SocketFlags, SocketType,
@@ -100,6 +102,8 @@ pub struct Launch<'a> {
     pub new_cgroup_namespace: bool,
     /// CRIU mounts what it needs where nobody else sees it, and where it goes with CRIU even when that is killed.
     pub new_mount_namespace: bool,
+    /// Detached mounts, and where in its new mount namespace CRIU finds them: below a private mount.
+    pub mounts: Vec<(OwnedFd, CString)>,
     /// Namespaces that CRIU joins before it runs.
     pub join: Vec<(OwnedFd, LinkNameSpaceType)>,
     /// Descriptors that CRIU inherits under the numbers that they have here.
@@ -114,6 +118,7 @@ impl<'a> Launch<'a> {
             cgroup: None,
             new_cgroup_namespace: false,
             new_mount_namespace: false,
+            mounts: Vec::new(),
             join: Vec::new(),
             inherit: Vec::new(),
         }
@@ -160,11 +165,11 @@ impl Session {
             .stderr(Stdio::null());
         let mut inherited = launch.inherit;
         inherited.push(theirs);
-        let join = launch.join;
+        let (join, mounts) = (launch.join, launch.mounts);
         let mut unshare = UnshareFlags::empty();
         unshare.set(UnshareFlags::NEWCGROUP, launch.new_cgroup_namespace);
         unshare.set(UnshareFlags::NEWNS, launch.new_mount_namespace);
-        let enter = move || enter(procs.as_ref(), unshare, &join, &inherited);
+        let enter = move || enter(procs.as_ref(), unshare, &join, &mounts, &inherited);
         // SAFETY: the closure runs in the child between fork and exec; it makes system calls only, on descriptors
         // that it owns, and neither allocates nor locks.
         unsafe { command.pre_exec(enter) };
@@ -335,6 +340,7 @@ fn enter(
     procs: Option<&OwnedFd>,
     unshare: UnshareFlags,
     join: &[(OwnedFd, LinkNameSpaceType)],
+    mounts: &[(OwnedFd, CString)],
     inherited: &[OwnedFd],
 ) -> io::Result<()> {
     for (namespace, kind) in join {
@@ -355,6 +361,9 @@ fn enter(
             Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
             Err(error) => return Err(error.into()),
         }
+    }
+    for (mount, path) in mounts {
+        move_mount(mount, c"", CWD, path.as_c_str(), MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     }
     for descriptor in inherited {
         rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;

@@ -3,16 +3,26 @@
 //! The order is what keeps an agent from being lost: freeze; CRIU writes; the manifest completes the image; the caller
 //! has the last word; only then does CRIU kill. Between the last word and the end the cgroup is frozen again, so that
 //! even when CRIU dies in the middle of the kill nothing has run past the image.
+//!
+//! CRIU works inside the container's namespaces when nothing speaks against it (see [`super::mode`]). When it fails there
+//! for a reason that is not known, it tries once more outside, on the same frozen processes.
 
 use std::{
-    os::fd::AsRawFd,
+    collections::HashSet,
+    os::fd::{AsFd, AsRawFd},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
-use rustix::{fd::OwnedFd, process::Pid};
+use rustix::{process::Pid, thread::LinkNameSpaceType};
 
-use super::{DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts, request, restart};
+use super::{
+    DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts,
+    memory::{self, Memory},
+    mode::{ClassicReason, Look},
+    namespaces::{self, Kept, Kind},
+    request, restart,
+};
 use crate::{
     cgroup::{self, Cgroup},
     container::{self, Blocker, Container, Namespace},
@@ -20,7 +30,7 @@ use crate::{
         self, Event, HookError, Launch, NotifyHooks, Session,
         rpc::{Criu_req, Criu_req_type},
     },
-    image::{self, Facts, ImageWriter, Revoker},
+    image::{self, Facts, ImageWriter, Mode, Outside, Revoker},
     procfs,
 };
 
@@ -29,8 +39,13 @@ const LOG: &str = "dump.log";
 /// How a dump is to be made.
 #[derive(Debug, Clone)]
 pub struct DumpOptions {
-    /// The processes run on after the dump.
+    /// The processes run on after the dump. The image is then of the classic mode.
     pub leave_running: bool,
+    /// Where CRIU is to work. Inside the container's namespaces it works only when nothing speaks against it.
+    pub mode: Mode,
+    /// How much the container's memory file systems may hold, in bytes and in all, to live on in memory while it sleeps.
+    /// The largest ones go into the image until the rest is within the limit.
+    pub memory_limit: u64,
     /// Established TCP connections are closed; without it they make the dump fail.
     pub tcp_close: bool,
     /// File locks are dumped; without it they make the dump fail.
@@ -49,6 +64,8 @@ impl Default for DumpOptions {
     fn default() -> DumpOptions {
         DumpOptions {
             leave_running: false,
+            mode: Mode::PodNamespaces,
+            memory_limit: 16 * 1024 * 1024,
             tcp_close: false,
             file_locks: true,
             ghost_limit: 64 * 1024 * 1024,
@@ -70,9 +87,14 @@ pub struct DumpReport {
     pub image_bytes: u64,
     /// What descriptors 0, 1 and 2 of the first process were: a restore needs something in place of each pipe.
     pub stdio: [Option<String>; 3],
-    /// The network namespace, when it was the container's own: it lives as long as this is open, and the restore needs
-    /// it.
-    pub network: Option<OwnedFd>,
+    /// Where CRIU worked.
+    pub mode: Mode,
+    /// Why it was not inside the container's namespaces.
+    pub classic_because: Option<ClassicReason>,
+    /// The memory that file systems hold while the container sleeps, in bytes.
+    pub memory_bytes: u64,
+    /// What must be kept open until the restore.
+    pub kept: Kept,
 }
 
 /// Why there is no image. In each case the processes run on as before.
@@ -139,7 +161,7 @@ impl Engine {
         let job = Job { container, init, writer, options };
         let mut report = DumpReport::default();
         let mut frozen = started;
-        if let Err(error) = self.try_dump(&mut attempt, &job, hooks, &mut frozen, &mut report).await {
+        if let Err(error) = self.freeze_and_dump(&mut attempt, &job, hooks, &mut frozen, &mut report).await {
             match attempt.settle().await {
                 End::RunsOn => return Err(error),
                 End::Dead => tracing::warn!(%error, "CRIU failed while it killed what it had dumped"),
@@ -156,8 +178,8 @@ impl Engine {
         Ok(report)
     }
 
-    /// From the freeze to CRIU's success.
-    async fn try_dump(
+    /// From the freeze to CRIU's success, inside the container's namespaces or outside.
+    async fn freeze_and_dump(
         &self,
         attempt: &mut Attempt,
         job: &Job<'_>,
@@ -172,13 +194,41 @@ impl Engine {
         if !blockers.is_empty() {
             return Err(DumpError::Blocked(blockers));
         }
+        report.classic_because = against_pod_namespaces(job)?;
+        if report.classic_because.is_none() {
+            let error = match self.try_dump(attempt, job, Mode::PodNamespaces, hooks, *frozen, report).await {
+                Err(error) if error.is_unexplained() && attempt.lets_go_again().await => error,
+                outcome => return outcome,
+            };
+            tracing::warn!(container = container.id, %error, "the dump is tried again outside the container's namespaces");
+            writer.clear()?;
+            report.classic_because = Some(ClassicReason::Failed(error.to_string()));
+        }
+        self.try_dump(attempt, job, Mode::Classic, hooks, *frozen, report).await
+    }
+
+    /// From the start of CRIU to its success.
+    async fn try_dump(
+        &self,
+        attempt: &mut Attempt,
+        job: &Job<'_>,
+        mode: Mode,
+        hooks: &mut dyn DumpHooks,
+        frozen: Instant,
+        report: &mut DumpReport,
+    ) -> Result<(), DumpError> {
+        let Job { container, init, writer, options } = *job;
         let look = |source| container::Error::Process { pid: init, source };
+        report.mode = mode;
         report.stdio = procfs::stdio_keys(init).map_err(look)?;
-        let request = prepare(job, report)?;
-        let join = join_cgroup_namespace(container, init).map_err(look)?;
+        let plan = match mode {
+            Mode::PodNamespaces => Plan::inside(job).map_err(look)?,
+            Mode::Classic => Plan::outside(job).map_err(look)?,
+        };
+        let request = prepare(job, &plan)?;
         let failed = |error| DumpError::Criu(Failure::new(error, writer.work_dir(), LOG));
 
-        let launch = Launch { join, ..Launch::new(&self.criu) };
+        let launch = Launch { join: plan.join, ..Launch::new(&self.criu) };
         let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
         let mut notify = Notify {
             writer,
@@ -190,9 +240,11 @@ impl Engine {
                 cgroup: container.cgroup.path().to_string_lossy().into_owned(),
                 stdio: report.stdio.clone(),
                 stopped_us: 0,
+                mode,
+                outside: plan.outside,
                 versions: self.versions.clone(),
             },
-            frozen: *frozen,
+            frozen,
             may_kill: &mut attempt.may_kill,
             hooks,
             image_bytes: 0,
@@ -200,6 +252,8 @@ impl Engine {
         };
         let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
         report.image_bytes = notify.image_bytes;
+        report.memory_bytes = plan.memory.bytes;
+        report.kept = plan.kept;
         match (outcome, notify.refusal) {
             (Ok(Ok(_)), _) => {}
             (Ok(Err(_)), Some(refusal)) => return Err(refusal),
@@ -219,7 +273,19 @@ impl Engine {
         if let Some(session) = attempt.session.take() {
             let _ = session.finish().await;
         }
+        if let Some(kept) = &report.kept.mounts
+            && let Err(error) = memory::let_go(kept.as_fd(), &plan.memory)
+        {
+            tracing::warn!(container = container.id, %error, "what was dumped of memory file systems stays in memory, too");
+        }
         Ok(())
+    }
+}
+
+impl DumpError {
+    /// Whether CRIU failed by itself, and it is not known why.
+    fn is_unexplained(&self) -> bool {
+        matches!(self, DumpError::Criu(failure @ Failure { error: criu::Error::Failed { .. }, .. }) if !failure.is_explained())
     }
 }
 
@@ -232,10 +298,97 @@ struct Job<'a> {
     options: &'a DumpOptions,
 }
 
-/// The request for a dump. The network namespace goes into the report when it is the container's own.
-fn prepare(job: &Job<'_>, report: &mut DumpReport) -> Result<Criu_req, DumpError> {
+/// What speaks against working inside the container's namespaces.
+fn against_pod_namespaces(job: &Job<'_>) -> Result<Option<ClassicReason>, DumpError> {
+    let Job { container, init, options, .. } = *job;
+    if options.leave_running {
+        return Ok(Some(ClassicReason::LeavesRunning));
+    }
+    if options.mode == Mode::Classic {
+        return Ok(Some(ClassicReason::Asked));
+    }
+    let look = Look::take(init, &container.cgroup.procs()?);
+    Ok(look.map_err(|source| container::Error::Process { pid: init, source })?.against())
+}
+
+/// What CRIU does not dump, and where it works.
+#[derive(Default)]
+struct Plan {
+    /// The namespaces that it joins.
+    join: Vec<(rustix::fd::OwnedFd, LinkNameSpaceType)>,
+    /// The network namespace that is neither dumped nor joined.
+    network: Option<u64>,
+    memory: Memory,
+    outside: Outside,
+    kept: Kept,
+}
+
+impl Plan {
+    /// Inside all of the container's namespaces that CRIU can work in.
+    fn inside(job: &Job<'_>) -> std::io::Result<Plan> {
+        let Job { container, init, options, .. } = *job;
+        let mut plan = Plan::default();
+        for kind in Kind::ALL {
+            let namespace = kind.of(&container.namespaces);
+            if *namespace == Namespace::Inherited {
+                continue;
+            }
+            let opened = namespaces::open(init, kind.name())?;
+            plan.outside.namespaces.insert(kind.name().to_owned(), namespaces::number(&opened)?);
+            if *namespace == Namespace::Private {
+                kind.keep(&mut plan.kept, opened.try_clone()?);
+            }
+            plan.join.push((opened, kind.link()));
+        }
+        let volumes = container.live_mounts(init).map_err(std::io::Error::other)?;
+        let volumes = volumes.into_iter().filter(|(_, name)| name != container::MASKED);
+        let volumes: HashSet<String> = volumes.map(|(mount_point, _)| mount_point).collect();
+        plan.memory = Memory::survey(init, &volumes, options.memory_limit)?;
+        plan.outside.mounts.clone_from(&plan.memory.kept);
+        if !plan.memory.kept.is_empty() {
+            let mounts = namespaces::open(init, "mnt")?;
+            plan.outside.namespaces.insert("mnt".to_owned(), namespaces::number(&mounts)?);
+            plan.kept.mounts = Some(mounts);
+        }
+        Ok(plan)
+    }
+
+    /// In the container's cgroup namespace alone, as at the restore.
+    fn outside(job: &Job<'_>) -> std::io::Result<Plan> {
+        let Job { container, init, .. } = *job;
+        let mut plan = Plan::default();
+        if container.namespaces.cgroup != Namespace::Inherited {
+            plan.join.push((namespaces::open(init, Kind::Cgroup.name())?, Kind::Cgroup.link()));
+        }
+        let network = procfs::namespace(init, "net")?;
+        if network != procfs::namespace(rustix::process::getpid(), "net")? {
+            plan.network = Some(network);
+            if container.namespaces.network == Namespace::Private {
+                plan.kept.network = Some(namespaces::open(init, "net")?);
+            }
+        }
+        Ok(plan)
+    }
+
+    /// The external mounts for CRIU: pairs of mount point and name.
+    fn external_mounts(
+        &self,
+        container: &Container,
+        init: Pid,
+    ) -> Result<Vec<(String, String)>, container::Error> {
+        let kept = self.memory.kept.iter().enumerate();
+        let mut mounts: Vec<_> =
+            kept.map(|(at, mount)| (mount.mount_point.clone(), memory::name(at))).collect();
+        // A masked file may be a mount of the container's own /dev, which lives on.
+        let is_new = |point: &String| self.memory.kept.iter().all(|kept| kept.mount_point != *point);
+        mounts.extend(container.live_mounts(init)?.into_iter().filter(|(point, _)| is_new(point)));
+        Ok(mounts)
+    }
+}
+
+/// The request for a dump.
+fn prepare(job: &Job<'_>, plan: &Plan) -> Result<Criu_req, DumpError> {
     let Job { container, init, writer, options } = *job;
-    let look = |source| container::Error::Process { pid: init, source };
     let mut request = request(Criu_req_type::DUMP, LOG, options.log_level);
     let opts = request.opts.mut_or_insert_default();
     // It bounds the time that CRIU takes to stop the processes, and nothing else.
@@ -251,33 +404,11 @@ fn prepare(job: &Job<'_>, report: &mut DumpReport) -> Result<Criu_req, DumpError
     opts.set_link_remap(true);
     opts.set_ghost_limit(options.ghost_limit);
     opts.set_freeze_cgroup(container.cgroup.path().to_string_lossy().into_owned());
-    opts.ext_mnt = ext_mounts(container.live_mounts(init)?);
-
-    let network = procfs::namespace(init, "net").map_err(look)?;
-    let own = procfs::namespace(rustix::process::getpid(), "net").map_err(look)?;
-    if network != own {
+    opts.ext_mnt = ext_mounts(plan.external_mounts(container, init)?);
+    if let Some(network) = plan.network {
         opts.external.push(format!("net[{network}]:{NETWORK_KEY}"));
-        if container.namespaces.network == Namespace::Private {
-            report.network = Some(open_namespace(init, "net").map_err(look)?);
-        }
     }
     Ok(request)
-}
-
-/// CRIU works inside the container's cgroup namespace, as it does at the restore.
-fn join_cgroup_namespace(
-    container: &Container,
-    init: Pid,
-) -> std::io::Result<Vec<(OwnedFd, rustix::thread::LinkNameSpaceType)>> {
-    if container.namespaces.cgroup == Namespace::Inherited {
-        return Ok(Vec::new());
-    }
-    let kind = rustix::thread::LinkNameSpaceType::ControlGroup;
-    Ok(vec![(open_namespace(init, "cgroup")?, kind)])
-}
-
-fn open_namespace(pid: Pid, name: &str) -> std::io::Result<OwnedFd> {
-    Ok(std::fs::File::open(format!("/proc/{pid}/ns/{name}"))?.into())
 }
 
 /// Sees to it that nothing is left in a cgroup whose processes were dumped.
@@ -311,6 +442,15 @@ struct Attempt {
 }
 
 impl Attempt {
+    /// Whether CRIU has let go of the processes as it found them, all of them frozen, so that it can be started again.
+    async fn lets_go_again(&mut self) -> bool {
+        if let Some(session) = self.session.as_mut() {
+            let _ = session.hang_up(self.patience).await;
+            self.session = None;
+        }
+        !self.may_kill && self.cgroup.is_frozen().unwrap_or(false)
+    }
+
     /// Ends CRIU, but never by force while it may hold the processes: one that dies with its code in them can take
     /// them along. It is told by hanging up, and lets go of them when it next wants a word, at the end of its work at
     /// the latest. When it was free to kill, what is left of the processes follows; otherwise they run on and the

@@ -4,6 +4,9 @@
 //! kill had begun: then it is seen through), a restore leaves nothing of what it had made. Both have bounds in time.
 
 mod dump;
+mod memory;
+mod mode;
+mod namespaces;
 mod restart;
 mod restore;
 mod rootfs;
@@ -18,6 +21,8 @@ use async_trait::async_trait;
 use rustix::process::Pid;
 
 pub use dump::{DumpError, DumpOptions, DumpReport};
+pub use mode::ClassicReason;
+pub use namespaces::Kept;
 pub use restore::{InheritFd, RestoreError, RestoreOptions, Restored};
 pub use rootfs::RESTORE_ROOT;
 

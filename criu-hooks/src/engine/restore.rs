@@ -4,19 +4,27 @@
 //! killed with its cgroup. So a restore can be tried again.
 
 use std::{
+    ffi::CString,
     fs::File,
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::ffi::OsStringExt,
+    },
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
-use rustix::process::Pid;
+use rustix::{process::Pid, thread::LinkNameSpaceType};
 
 use super::{
-    DEATH_TIMEOUT, Engine, Failure, NETWORK_KEY, RestoreHooks, ext_mounts, request, rootfs::RootMount,
+    DEATH_TIMEOUT, Engine, Failure, NETWORK_KEY, RestoreHooks, ext_mounts,
+    memory::{self, Detached},
+    namespaces::{self, Kept, Kind},
+    request,
+    rootfs::RootMount,
 };
 use crate::{
     cgroup::{self, Cgroup},
@@ -25,7 +33,7 @@ use crate::{
         self, Event, HookError, Launch, NotifyHooks, Session,
         rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
     },
-    image::{self, Expected, Image},
+    image::{self, Expected, Image, Mode, Outside},
     procfs,
     spawn::{ExitFuture, Spawner},
 };
@@ -50,8 +58,8 @@ pub struct RestoreOptions {
     pub file_locks: bool,
     /// Take files whose permissions have changed.
     pub skip_file_mode_check: bool,
-    /// The network namespace, where the specification does not name one: from [`super::DumpReport::network`].
-    pub network: Option<OwnedFd>,
+    /// What was kept open since the dump: from [`super::DumpReport::kept`].
+    pub kept: Kept,
     /// How long CRIU may take.
     pub timeout: Duration,
     /// How much CRIU logs: 2 for errors and warnings, 4 for everything.
@@ -64,7 +72,7 @@ impl Default for RestoreOptions {
             tcp_close: false,
             file_locks: true,
             skip_file_mode_check: true,
-            network: None,
+            kept: Kept::default(),
             timeout: Duration::from_mins(1),
             log_level: 2,
         }
@@ -107,16 +115,22 @@ pub enum RestoreError {
     /// A namespace to join is not there.
     #[error("the container's {name} namespace {} is gone: {source}", path.display())]
     Namespace {
-        /// "network", "ipc" or "uts".
+        /// "net", "ipc", "uts" or "cgroup".
         name: &'static str,
         /// Where it was.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// The container's own network namespace was not kept.
-    #[error("the container's network namespace was not kept open while it was asleep")]
-    NetworkLost,
+    /// A namespace of the container's own was not kept.
+    #[error("the container's {0} namespace was not kept open while it was asleep")]
+    NamespaceLost(&'static str),
+    /// A namespace to join is not the one in which the dump was made.
+    #[error("the {0} namespace is not the one in which the container fell asleep")]
+    OtherNamespace(&'static str),
+    /// A memory file system cannot be shown again.
+    #[error("a memory file system of the container cannot be mounted: {0}")]
+    Memory(io::Error),
     /// The root file system cannot be made ready.
     #[error("cannot mount the root file system {}: {source}", path.display())]
     Rootfs {
@@ -170,6 +184,8 @@ impl Engine {
                 source: error.into(),
             })?;
         }
+        let outside = &image.manifest().facts.outside;
+        let memory = memory_mounts(outside, &options.kept)?;
         let root = RootMount::new(&container.rootfs, &container.bundle)
             .map_err(|source| RestoreError::Rootfs { path: container.rootfs.clone(), source })?;
         let mut attempt = Attempt {
@@ -183,7 +199,7 @@ impl Engine {
             failed: true,
             in_background: false,
         };
-        let result = self.try_restore(&mut attempt, container, image, options, inherit, hooks).await;
+        let result = self.try_restore(&mut attempt, container, image, options, memory, inherit, hooks).await;
         match result {
             Ok((pid, console)) => {
                 attempt.failed = false;
@@ -198,33 +214,43 @@ impl Engine {
     }
 
     /// From the mounted root file system to processes that run.
+    #[allow(clippy::too_many_arguments)]
     async fn try_restore(
         &self,
         attempt: &mut Attempt,
         container: &Container,
         image: &Image,
         options: &RestoreOptions,
+        memory: Vec<Detached>,
         inherit: Vec<InheritFd>,
         hooks: &mut dyn RestoreHooks,
     ) -> Result<(Pid, Option<OwnedFd>), RestoreError> {
         let mut launch = Launch::new(&self.criu);
         launch.cgroup = Some(&container.cgroup);
         launch.new_mount_namespace = true;
-        launch.new_cgroup_namespace = container.namespaces.cgroup != Namespace::Inherited;
         let mut request = request(Criu_req_type::RESTORE, LOG, options.log_level);
         let opts = request.opts.mut_or_insert_default();
         opts.set_images_dir_fd(image.images_dir().as_raw_fd());
         opts.set_work_dir_fd(image.work_dir().as_raw_fd());
+        let mut mounts = container.mount_sources();
         if let Some(root) = &attempt.root {
-            opts.set_root(root.path().to_string_lossy().into_owned());
+            opts.set_root(root.root().to_string_lossy().into_owned());
+            show(root, memory, &mut launch, &mut mounts).map_err(RestoreError::Memory)?;
         }
         opts.set_rst_sibling(true);
         opts.set_evasive_devices(true);
         opts.set_tcp_close(options.tcp_close);
         opts.set_file_locks(options.file_locks);
         opts.set_skip_file_rwx_check(options.skip_file_mode_check);
-        opts.ext_mnt = ext_mounts(container.mount_sources());
-        join_namespaces(&mut request, &mut launch, container, options)?;
+        opts.ext_mnt = ext_mounts(mounts);
+        let facts = &image.manifest().facts;
+        match facts.mode {
+            Mode::PodNamespaces => launch.join = join(container, &options.kept, &facts.outside)?,
+            Mode::Classic => {
+                launch.new_cgroup_namespace = container.namespaces.cgroup != Namespace::Inherited;
+                join_namespaces(&mut request, &mut launch, container, options)?;
+            }
+        }
         for InheritFd { key, fd } in inherit {
             inherit_as(&mut request, &mut launch, key, fd);
         }
@@ -262,6 +288,59 @@ impl Engine {
     }
 }
 
+/// Copies of the mounts whose file systems have lived on.
+fn memory_mounts(outside: &Outside, kept: &Kept) -> Result<Vec<Detached>, RestoreError> {
+    let Some(&number) = outside.namespaces.get("mnt") else { return Ok(Vec::new()) };
+    let kept = kept.mounts.as_ref().ok_or(RestoreError::NamespaceLost("mount"))?;
+    if namespaces::number(kept).map_err(RestoreError::Memory)? != number {
+        return Err(RestoreError::OtherNamespace("mount"));
+    }
+    memory::copies(kept.as_fd(), &outside.mounts).map_err(RestoreError::Memory)
+}
+
+/// Gives each of `memory` a place that only CRIU will see, and adds it to CRIU's `mounts`: pairs of name and source.
+fn show(
+    root: &RootMount,
+    memory: Vec<Detached>,
+    launch: &mut Launch<'_>,
+    mounts: &mut Vec<(String, String)>,
+) -> io::Result<()> {
+    for (at, Detached { mount, is_directory }) in memory.into_iter().enumerate() {
+        let name = memory::name(at);
+        let place = root.place(&name, is_directory)?;
+        mounts.push((name, place.to_string_lossy().into_owned()));
+        launch.mounts.push((mount, CString::new(place.into_os_string().into_vec())?));
+    }
+    Ok(())
+}
+
+/// The namespaces in which the dump was made, for CRIU to work in.
+fn join(
+    container: &Container,
+    kept: &Kept,
+    outside: &Outside,
+) -> Result<Vec<(OwnedFd, LinkNameSpaceType)>, RestoreError> {
+    let mut join = Vec::new();
+    for kind in Kind::ALL {
+        let name = kind.name();
+        let opened = match kind.of(&container.namespaces) {
+            Namespace::Inherited => continue,
+            Namespace::Private => {
+                let clone = kind.kept(kept).and_then(|kept| kept.try_clone().ok());
+                clone.ok_or(RestoreError::NamespaceLost(name))?
+            }
+            Namespace::Joined(path) => namespaces::open_path(path)
+                .map_err(|source| RestoreError::Namespace { name, path: path.clone(), source })?,
+        };
+        let number = namespaces::number(&opened).ok();
+        if number.is_none() || number != outside.namespaces.get(name).copied() {
+            return Err(RestoreError::OtherNamespace(name));
+        }
+        join.push((opened, kind.link()));
+    }
+    Ok(join)
+}
+
 /// Has CRIU join the namespaces that it does not make.
 fn join_namespaces(
     request: &mut Criu_req,
@@ -276,12 +355,12 @@ fn join_namespaces(
     match &container.namespaces.network {
         Namespace::Inherited => {}
         Namespace::Joined(path) => {
-            let opened = File::open(path).map_err(gone("network", path))?;
+            let opened = File::open(path).map_err(gone("net", path))?;
             inherit_as(request, launch, NETWORK_KEY.to_owned(), opened.into());
         }
         Namespace::Private => {
-            let kept = options.network.as_ref().and_then(|kept| kept.try_clone().ok());
-            let kept = kept.ok_or(RestoreError::NetworkLost)?;
+            let kept = options.kept.network.as_ref().and_then(|kept| kept.try_clone().ok());
+            let kept = kept.ok_or(RestoreError::NamespaceLost("net"))?;
             inherit_as(request, launch, NETWORK_KEY.to_owned(), kept);
         }
     }

@@ -1,4 +1,5 @@
-//! The root file system as CRIU wants it for a restore: a mount of its own, nothing mounted over what is above it.
+//! Where CRIU finds what it mounts in a restore: the root file system as a mount of its own, nothing mounted over what is
+//! above it, and beside it places for other mounts that only CRIU sees.
 
 use std::{
     fs, io,
@@ -8,11 +9,14 @@ use std::{
 
 use rustix::{
     io::Errno,
-    mount::{MountPropagationFlags, UnmountFlags, mount_bind_recursive, mount_change, unmount},
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount_bind_recursive, mount_change, unmount},
 };
 
-/// The directory of a bundle where it is mounted. It stays mounted when this process dies in a restore.
+/// The directory of a bundle where all of this is mounted. It stays mounted when this process dies in a restore.
 pub const RESTORE_ROOT: &str = "criu-root";
+
+/// The directory below it for the root file system.
+const ROOT: &str = "root";
 
 /// A mount that goes away with this value.
 #[derive(Debug)]
@@ -30,17 +34,34 @@ impl RootMount {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => clear(&path)?,
             Err(error) => return Err(error),
         }
-        let path = path.canonicalize()?;
-        let mount = RootMount { path };
-        mount_bind_recursive(rootfs, &mount.path)?;
+        let mount = RootMount { path: path.canonicalize()? };
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        rustix::mount::mount("tmpfs", &mount.path, "tmpfs", flags, c"mode=700")?;
+        // What is mounted below it, here or by CRIU in its own mount namespace, is seen nowhere else.
+        mount_change(&mount.path, MountPropagationFlags::PRIVATE)?;
+        let root = mount.root();
+        fs::create_dir(&root)?;
+        mount_bind_recursive(rootfs, &root)?;
         // What happens in it stays in it: an unmount here must not reach the container's own root. Not private: with an
         // older runc the container's root receives from the host's, and CRIU takes that from this mount.
-        mount_change(&mount.path, MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
+        mount_change(&root, MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
         Ok(mount)
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+    /// The root file system.
+    pub(super) fn root(&self) -> PathBuf {
+        self.path.join(ROOT)
+    }
+
+    /// A place for a mount, a directory or a file.
+    pub(super) fn place(&self, name: &str, is_directory: bool) -> io::Result<PathBuf> {
+        let place = self.path.join(name);
+        if is_directory {
+            fs::create_dir(&place)?;
+        } else {
+            fs::File::create_new(&place)?;
+        }
+        Ok(place)
     }
 }
 

@@ -1,16 +1,22 @@
 //! What an image says of itself.
 
-use std::{collections::HashSet, path::Path};
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::Path,
+};
 
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Expected};
 
 /// The version of the manifest that this program writes, and the only one that it reads.
-pub const MANIFEST_VERSION: u32 = 1;
+pub const MANIFEST_VERSION: u32 = 2;
 
 /// The longest manifest that is read, in bytes.
 pub const MAX_MANIFEST: u64 = 4 * 1024 * 1024;
+
+/// The namespaces that an image may leave out, as `/proc/PID/ns` names them.
+const NAMESPACES: [&str; 5] = ["net", "ipc", "uts", "cgroup", "mnt"];
 
 /// A complete description of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,8 +54,72 @@ pub struct Facts {
     pub stdio: [Option<String>; 3],
     /// How long the processes had stood still when the image was complete, in microseconds.
     pub stopped_us: u64,
+    /// How it was made, and must be restored.
+    pub mode: Mode,
+    /// What it leaves out; nothing in the classic mode.
+    pub outside: Outside,
     /// The programs that made it.
     pub versions: Versions,
+}
+
+/// Where CRIU works. A restore must be made as the dump was.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Inside the container's network, IPC, UTS and cgroup namespaces. They are not in the image, and neither are the
+    /// contents of its memory file systems: all of these live on while the container sleeps.
+    PodNamespaces,
+    /// Outside of them: the image has everything but the network namespace.
+    #[default]
+    Classic,
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Mode::PodNamespaces => "pod-namespaces",
+            Mode::Classic => "classic",
+        })
+    }
+}
+
+/// What an image leaves out because it lives on beside it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Outside {
+    /// Namespaces: their names in `/proc/PID/ns`, and the numbers that tell each from others.
+    pub namespaces: BTreeMap<String, u64>,
+    /// Mounts whose file systems live on, with their contents.
+    pub mounts: Vec<OutsideMount>,
+}
+
+/// A mount of the container, in its old mount namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OutsideMount {
+    /// The kernel's number of it.
+    pub id: u64,
+    /// Where it is, seen from the container's root.
+    pub mount_point: String,
+}
+
+impl Outside {
+    /// What is wrong with it in an image of `mode`, if anything is.
+    fn fault(&self, mode: Mode) -> Option<String> {
+        if mode == Mode::Classic && *self != Outside::default() {
+            return Some("an image of the classic mode leaves nothing out".to_owned());
+        }
+        if let Some(name) = self.namespaces.keys().find(|name| !NAMESPACES.contains(&name.as_str())) {
+            return Some(format!("{name:?} is no namespace that may be left out"));
+        }
+        if !self.mounts.is_empty() && !self.namespaces.contains_key("mnt") {
+            return Some("mounts are left out, but not their namespace".to_owned());
+        }
+        let mut seen = HashSet::new();
+        let is_bad = |path: &str| !path.starts_with('/') || path.contains('\0');
+        let bad = self.mounts.iter().find(|mount| is_bad(&mount.mount_point) || !seen.insert(mount.id));
+        bad.map(|mount| format!("the mount {} at {:?} is not possible", mount.id, mount.mount_point))
+    }
 }
 
 /// The programs that made an image.
@@ -95,6 +165,9 @@ impl Manifest {
             return Err(Error::UnknownVersion { path: path.to_owned(), found: version });
         }
         let manifest: Manifest = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
+        if let Some(fault) = manifest.facts.outside.fault(manifest.facts.mode) {
+            return Err(invalid(fault));
+        }
         let mut seen = HashSet::new();
         for file in &manifest.files {
             let name = &file.name;

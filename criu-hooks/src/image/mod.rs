@@ -25,7 +25,9 @@ use rustix::fs::FileType;
 use sha2::{Digest, Sha256};
 
 pub use error::Error;
-pub use manifest::{Facts, FileEntry, MANIFEST_VERSION, MAX_MANIFEST, Manifest, Versions};
+pub use manifest::{
+    Facts, FileEntry, MANIFEST_VERSION, MAX_MANIFEST, Manifest, Mode, Outside, OutsideMount, Versions,
+};
 pub use store::Store;
 pub use writer::ImageWriter;
 pub(crate) use writer::Revoker;

@@ -151,7 +151,7 @@ fn manifests_of_other_versions_and_lengths_are_refused() {
         fs::write(&path, text).unwrap();
         store.latest("k8s.io", "agent").unwrap_err()
     };
-    assert!(matches!(replaced(b"{\"version\": 2, \"new\": []}"), Error::UnknownVersion { found: 2, .. }));
+    assert!(matches!(replaced(b"{\"version\": 1, \"old\": []}"), Error::UnknownVersion { found: 1, .. }));
     let long = vec![b' '; usize::try_from(MAX_MANIFEST).unwrap() + 1];
     assert!(matches!(replaced(&long), Error::ManifestTooLong { .. }));
     let mut manifest = image.manifest().clone();
@@ -250,6 +250,35 @@ fn removing_an_image_removes_it_and_what_it_links_to_stays() {
     let path = image.path().to_owned();
     image.remove().unwrap();
     assert!(!path.exists() && kept.exists());
+}
+
+#[test]
+fn what_an_image_leaves_out_must_be_possible() {
+    let mount = |id, mount_point: &str| OutsideMount { id, mount_point: mount_point.to_owned() };
+    let outside = |names: &[&str], mounts: &[OutsideMount]| Outside {
+        namespaces: names.iter().map(|name| ((*name).to_owned(), 7)).collect(),
+        mounts: mounts.to_vec(),
+    };
+    let parsed = |mode, outside| {
+        let (_above, store) = store();
+        let image = image(&store);
+        let mut manifest = image.manifest().clone();
+        manifest.facts = Facts { mode, outside, ..manifest.facts };
+        Manifest::parse(&serde_json::to_vec(&manifest).unwrap(), Path::new("manifest.json"))
+    };
+    let good = outside(&["net", "mnt"], &[mount(1, "/dev"), mount(2, "/dev/shm")]);
+    assert_eq!(parsed(Mode::PodNamespaces, good.clone()).unwrap().facts.outside, good);
+    assert!(parsed(Mode::Classic, Outside::default()).is_ok());
+    for (mode, outside) in [
+        (Mode::Classic, good),
+        (Mode::PodNamespaces, outside(&["user"], &[])),
+        (Mode::PodNamespaces, outside(&["net"], &[mount(1, "/dev")])),
+        (Mode::PodNamespaces, outside(&["mnt"], &[mount(1, "dev")])),
+        (Mode::PodNamespaces, outside(&["mnt"], &[mount(1, "/dev\0")])),
+        (Mode::PodNamespaces, outside(&["mnt"], &[mount(1, "/a"), mount(1, "/b")])),
+    ] {
+        assert!(matches!(parsed(mode, outside), Err(Error::ManifestInvalid { .. })));
+    }
 }
 
 #[test]

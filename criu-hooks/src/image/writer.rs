@@ -118,6 +118,21 @@ impl ImageWriter {
         Ok(())
     }
 
+    /// Removes what CRIU wrote, before it is to write once more.
+    ///
+    /// # Errors
+    /// When a file cannot be removed.
+    pub(crate) fn clear(&self) -> Result<(), Error> {
+        for (directory, name) in [(&self.generation.images, IMAGES), (&self.generation.work, WORK)] {
+            let path = self.path().join(name);
+            for file in directory::names(directory.as_fd(), &path)? {
+                rustix::fs::unlinkat(directory, file.as_str(), AtFlags::empty())
+                    .map_err(|error| Error::io("remove", &path.join(file), error.into()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether the manifest is there.
     pub fn is_complete(&self) -> bool {
         *self.generation.state() == State::Complete

@@ -17,7 +17,9 @@ use criu_hooks::{
     cgroup::Cgroup,
     container::Container,
     criu::NoHooks,
-    engine::{DumpError, DumpOptions, DumpReport, Engine, InheritFd, RestoreError, RestoreOptions, Restored},
+    engine::{
+        DumpError, DumpOptions, DumpReport, Engine, InheritFd, Kept, RestoreError, RestoreOptions, Restored,
+    },
     image::{Image, Store},
     procfs,
     spawn::LocalSpawner,
@@ -41,7 +43,7 @@ pub struct Agent {
     output: (fs::File, OwnedFd),
     /// What has been read and not yet been looked at.
     seen: String,
-    pub network: Option<OwnedFd>,
+    pub kept: Kept,
 }
 
 /// How a container differs from runc's default.
@@ -99,7 +101,7 @@ impl Agent {
             engine: engine(),
             output,
             seen: String::new(),
-            network: None,
+            kept: Kept::default(),
         }
     }
 
@@ -138,9 +140,16 @@ impl Agent {
         more
     }
 
-    /// Holds the network namespace open, for dumps whose report is lost.
-    pub fn keep_network(&mut self) {
-        self.network = Some(fs::File::open(format!("/proc/{}/ns/net", self.pid)).unwrap().into());
+    /// Holds all namespaces open, for dumps whose report is lost.
+    pub fn keep_namespaces(&mut self) {
+        let open = |name| Some(fs::File::open(format!("/proc/{}/ns/{name}", self.pid)).unwrap().into());
+        self.kept = Kept {
+            network: open("net"),
+            ipc: open("ipc"),
+            uts: open("uts"),
+            cgroup: open("cgroup"),
+            mounts: open("mnt"),
+        };
     }
 
     pub async fn dump(&mut self) -> Result<DumpReport, DumpError> {
@@ -155,7 +164,7 @@ impl Agent {
 
     /// Takes note of a dump that has succeeded.
     pub fn slept(&mut self, mut report: DumpReport) -> DumpReport {
-        self.network = report.network.take().or(self.network.take());
+        self.kept = std::mem::take(&mut report.kept);
         reap(self.pid);
         report
     }
@@ -165,8 +174,7 @@ impl Agent {
     }
 
     pub fn restore_options(&self) -> RestoreOptions {
-        let network = self.network.as_ref().map(|network| network.try_clone().unwrap());
-        RestoreOptions { network, ..RestoreOptions::default() }
+        RestoreOptions { kept: self.kept.try_clone().unwrap(), ..RestoreOptions::default() }
     }
 
     /// What stands in for the pipes of the dump.

@@ -124,7 +124,7 @@ on_a_node!(a_sandbox_s_namespaces_are_joined_again, async || {
     let mut last = agent.count_on(0, 5).await;
     for _ in 0..3 {
         let dumped = agent.dump().await.unwrap();
-        assert!(dumped.network.is_none(), "the sandbox keeps it");
+        assert!(dumped.kept.network.is_none(), "the sandbox keeps it");
         agent.restore().await.unwrap();
         for name in ["net", "ipc", "uts"] {
             let (ours, theirs) = (procfs::namespace(agent.pid, name), procfs::namespace(holder, name));
