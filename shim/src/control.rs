@@ -220,6 +220,9 @@ fn wire_transition(id: &str, transition: &Transition) -> WireTransition {
         image_bytes: transition.image_bytes,
         engine: transition.engine.to_owned(),
         at_unix_ms: unix_ms(transition.at),
+        mode: transition.mode.to_owned(),
+        classic_because: transition.classic_because.clone().unwrap_or_default(),
+        memory_bytes: transition.memory_bytes,
         ..Default::default()
     }
 }

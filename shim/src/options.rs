@@ -53,6 +53,26 @@ impl fmt::Display for LogLevel {
     }
 }
 
+/// Where CRIU works.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CriuMode {
+    /// Inside the pod's namespaces, which is fast; outside of them where that is not possible.
+    #[default]
+    PodNamespaces,
+    /// Outside of them always: images hold the contents of every tmpfs.
+    Classic,
+}
+
+impl From<CriuMode> for criu_hooks::image::Mode {
+    fn from(mode: CriuMode) -> Self {
+        match mode {
+            CriuMode::PodNamespaces => Self::PodNamespaces,
+            CriuMode::Classic => Self::Classic,
+        }
+    }
+}
+
 /// The options.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -63,6 +83,11 @@ pub struct Options {
     pub runc_root: PathBuf,
     /// CRIU: a name on the PATH, or an absolute path.
     pub criu_binary: PathBuf,
+    /// Where CRIU works.
+    pub criu_mode: CriuMode,
+    /// How much an agent's tmpfs mounts may hold, in MiB and in all, to stay in memory while it sleeps; the largest
+    /// beyond that go into the image.
+    pub memory_limit_mib: u64,
     /// Where images of sleeping agents are kept.
     pub image_dir: PathBuf,
     /// Leave limits out whose cgroup v2 controller the node lacks, rather than refuse the container.
@@ -79,6 +104,8 @@ impl Default for Options {
             runc_binary: "runc".into(),
             runc_root: "/run/containerd/runc".into(),
             criu_binary: "criu".into(),
+            criu_mode: CriuMode::default(),
+            memory_limit_mib: 16,
             image_dir: "/var/lib/agentcube/images".into(),
             ignore_missing_controllers: false,
             systemd_cgroup: false,
@@ -357,6 +384,7 @@ mod tests {
         assert_eq!(body.image_dir, Path::new("/images"));
         assert_eq!(body.log_level, LogLevel::Debug);
         assert!(body.ignore_missing_controllers);
+        assert_eq!((body.criu_mode, body.memory_limit_mib), (CriuMode::PodNamespaces, 16));
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), text).unwrap();
         let path = file.path().to_str().unwrap();
@@ -375,6 +403,8 @@ mod tests {
         for (text, word) in [
             ("image_dir = 3", "image_dir"),
             ("log_level = \"loud\"", "loud"),
+            ("criu_mode = \"fast\"", "fast"),
+            ("memory_limit_mib = -1", "memory_limit_mib"),
             ("image_dir = \"images\"", "image_dir"),
             ("criu_binary = \"bin/criu\"", "criu_binary"),
             ("criu_binary = \"\"", "criu_binary"),
@@ -382,6 +412,14 @@ mod tests {
             let error = Options::from_toml(text, "here").unwrap_err().to_string();
             assert!(error.contains(word), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn modes_and_limits_are_read() {
+        let options = Options::from_toml("criu_mode = \"classic\"\nmemory_limit_mib = 0", "here").unwrap();
+        assert_eq!((options.criu_mode, options.memory_limit_mib), (CriuMode::Classic, 0));
+        let options = Options::from_toml("criu_mode = \"pod-namespaces\"", "here").unwrap();
+        assert_eq!(options, Options::default());
     }
 
     #[test]

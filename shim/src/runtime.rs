@@ -108,6 +108,12 @@ pub struct DumpReport {
     pub image_dir: PathBuf,
     /// "direct", or "runc" for the fallback.
     pub engine: &'static str,
+    /// Where CRIU worked: "pod-namespaces" or "classic".
+    pub mode: &'static str,
+    /// Why it was not inside the pod's namespaces.
+    pub classic_because: Option<String>,
+    /// What memory file systems hold while it sleeps, in bytes.
+    pub memory_bytes: u64,
 }
 
 /// A restore that has succeeded.
@@ -116,6 +122,8 @@ pub struct Restored {
     pub process: Process,
     /// "direct", or "runc" for the fallback.
     pub engine: &'static str,
+    /// Where CRIU worked: "pod-namespaces" or "classic".
+    pub mode: &'static str,
 }
 
 /// What a client wants of a checkpoint (`ctr task checkpoint`).
@@ -185,8 +193,8 @@ pub trait Runtime: Send + Sync {
     async fn dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError>;
     /// Restores it from its newest image. On any error the image is as before and no process is left.
     async fn restore(&self) -> Result<Restored, RuntimeError>;
-    /// Makes an image for a client while the container runs, or from its image with `asleep`.
-    async fn checkpoint(&self, config: &CheckpointConfig, asleep: bool) -> Result<(), RuntimeError>;
+    /// Makes an image for a client, which is whole without this node. The processes exist, frozen or not.
+    async fn checkpoint(&self, config: &CheckpointConfig) -> Result<(), RuntimeError>;
     /// Removes the images that hold what now lives in processes, or has ended.
     fn drop_image(&self);
     /// Kills what is left of the container's processes after its init ended (without a PID namespace of its own).

@@ -250,6 +250,12 @@ fn happened(transition: &Transition, now_ms: i64) -> String {
     if !transition.engine.is_empty() {
         let _ = write!(text, ", engine {}", printable(&transition.engine));
     }
+    if !transition.classic_because.is_empty() {
+        let _ = write!(text, " in classic mode ({})", printable(&transition.classic_because));
+    }
+    if transition.memory_bytes > 0 {
+        let _ = write!(text, ", {} stayed in memory", bytes(transition.memory_bytes));
+    }
     let _ = write!(text, ", {}", ago(transition.at_unix_ms, now_ms));
     text
 }

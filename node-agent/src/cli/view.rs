@@ -79,6 +79,13 @@ pub struct Transition {
     pub image_bytes: u64,
     /// Which path did it: `direct` or `runc`.
     pub engine: String,
+    /// Where CRIU worked: `pod-namespaces` or `classic`; empty when it had no part.
+    pub mode: String,
+    /// Of a sleep in the classic mode: why.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub classic_because: String,
+    /// Of a sleep: what tmpfs mounts go on holding in memory.
+    pub memory_bytes: u64,
     /// When it was done, in milliseconds since 1970.
     pub at_unix_ms: i64,
     /// Memory held before; null when it could not be asked.
@@ -225,6 +232,9 @@ impl From<&control::Transition> for Transition {
             stopped_us: transition.stopped_us,
             image_bytes: transition.image_bytes,
             engine: transition.engine.clone(),
+            mode: transition.mode.clone(),
+            classic_because: transition.classic_because.clone(),
+            memory_bytes: transition.memory_bytes,
             at_unix_ms: transition.at_unix_ms,
             memory_before_bytes: None,
             memory_after_bytes: None,

@@ -37,6 +37,12 @@ pub struct Transition {
     pub image_bytes: u64,
     /// Which engine did it.
     pub engine: &'static str,
+    /// Where CRIU worked: "pod-namespaces" or "classic"; empty without it.
+    pub mode: &'static str,
+    /// Of a sleep: why CRIU did not work inside the pod's namespaces.
+    pub classic_because: Option<String>,
+    /// Of a sleep: what memory file systems hold on, in bytes.
+    pub memory_bytes: u64,
     /// When it was done.
     pub at: SystemTime,
 }

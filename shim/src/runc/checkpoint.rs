@@ -5,7 +5,7 @@ use std::{
     ffi::OsString,
     fs, io,
     os::unix::fs::DirBuilderExt,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     sync::Arc,
 };
@@ -28,9 +28,6 @@ use crate::{
     io::{ConsoleSocket, Inherit},
     runtime::{CheckpointConfig, RuntimeError, Veto},
 };
-
-/// What the init process's streams were, beside the image: `runc restore` asks for it.
-const DESCRIPTORS: &str = "descriptors.json";
 
 /// The words after runc's global ones for a checkpoint.
 fn checkpoint_args(id: &str, config: &CheckpointConfig) -> Vec<OsString> {
@@ -125,31 +122,14 @@ impl RuncContainer {
         Err(precondition(format!("runc {what}: {said}{reason}")))
     }
 
-    /// Makes an image that `runc restore` and containerd take, and lets the agent go on, awake or asleep.
-    pub(super) async fn checkpoint_for_client(
-        &self,
-        config: &CheckpointConfig,
-        asleep: bool,
-    ) -> Result<(), RuntimeError> {
+    /// Makes an image that `runc restore` and containerd take, and lets the agent go on.
+    pub(super) async fn checkpoint_for_client(&self, config: &CheckpointConfig) -> Result<(), RuntimeError> {
         private_directory(&config.image_path).map_err(|error| {
             precondition(format!("cannot make the directory {}: {error}", config.image_path.display()))
         })?;
-        if !asleep {
-            let work = config.work_path.clone().unwrap_or_else(|| config.image_path.clone());
-            let command = self.runc_command(checkpoint_args(&self.id, config));
-            return self.run_runc("checkpoint", command, &work, "dump.log").await;
-        }
-        if config.exit {
-            let hint = "it is asleep: kill it after the checkpoint rather than ask for its exit";
-            return Err(precondition(hint));
-        }
-        let image = self.lock().image.as_ref().map(|image| image.kind.image().clone());
-        let image = image.ok_or_else(|| failed("there is no image of it"))?;
-        let target = config.image_path.clone();
-        let copied = tokio::task::spawn_blocking(move || copy_image(&image, &target)).await;
-        copied.map_err(failed)?.map_err(|error| {
-            precondition(format!("cannot copy the image to {}: {error}", config.image_path.display()))
-        })
+        let work = config.work_path.clone().unwrap_or_else(|| config.image_path.clone());
+        let command = self.runc_command(checkpoint_args(&self.id, config));
+        self.run_runc("checkpoint", command, &work, "dump.log").await
     }
 
     /// Dumps the frozen container with runc and ends its processes. They stay frozen until they end, so nothing happens
@@ -179,6 +159,7 @@ impl RuncContainer {
             stdio,
             stopped_us: u64::try_from(frozen.elapsed().as_micros()).unwrap_or(u64::MAX),
             versions: Versions { runc: "checkpoint".to_owned(), ..Versions::default() },
+            ..Facts::default()
         };
         writer.complete_in_background(facts).await.map_err(failed)?;
         let image = match self.kill_dumped(writer, veto) {
@@ -277,18 +258,6 @@ impl RuncContainer {
 
 fn private_directory(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
-/// Copies an image's files to where a client wants them, with what `runc restore` wants beside them.
-fn copy_image(image: &Image, target: &Path) -> io::Result<()> {
-    let source: PathBuf = image.path().join(criu_hooks::image::IMAGES);
-    for entry in fs::read_dir(source)? {
-        let entry = entry?;
-        fs::copy(entry.path(), target.join(entry.file_name()))?;
-    }
-    let stdio = &image.manifest().facts.stdio;
-    let names: Vec<&str> = stdio.iter().map(|key| key.as_deref().unwrap_or("/dev/null")).collect();
-    fs::write(target.join(DESCRIPTORS), serde_json::to_vec(&names)?)
 }
 
 #[cfg(test)]

@@ -16,13 +16,17 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
-use criu_hooks::{cgroup::Cgroup, engine::Engine, image::Image, preflight};
+use criu_hooks::{
+    cgroup::Cgroup,
+    engine::{Engine, Kept},
+    image::Image,
+    preflight,
+};
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 use runc::{
     Runc,
     options::{DeleteOpts, ExecOpts},
 };
-use rustix::fd::OwnedFd;
 use tokio::sync::OnceCell;
 use tracing::{info, warn};
 
@@ -88,8 +92,8 @@ struct Inner {
 /// What a checkpointed container is restored from.
 struct SleepImage {
     kind: ImageKind,
-    /// Keeps a network namespace that is the container's own.
-    network: Option<OwnedFd>,
+    /// Keeps namespaces that are the container's own.
+    kept: Kept,
 }
 
 /// By which engine the image was made, and must be restored.
@@ -317,13 +321,13 @@ impl Runtime for RuncContainer {
         Ok(restored)
     }
 
-    async fn checkpoint(&self, config: &CheckpointConfig, asleep: bool) -> Result<(), RuntimeError> {
-        self.checkpoint_for_client(config, asleep).await
+    async fn checkpoint(&self, config: &CheckpointConfig) -> Result<(), RuntimeError> {
+        self.checkpoint_for_client(config).await
     }
 
     fn drop_image(&self) {
-        let Some(SleepImage { kind, network }) = self.lock().image.take() else { return };
-        drop(network);
+        let Some(SleepImage { kind, kept }) = self.lock().image.take() else { return };
+        drop(kept);
         let id = self.id.clone();
         let (ImageKind::Direct(mut image) | ImageKind::Runc(mut image)) = kind;
         tokio::spawn(async move {

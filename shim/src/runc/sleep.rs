@@ -11,8 +11,8 @@ use async_trait::async_trait;
 use criu_hooks::{
     container::Container,
     criu::HookError,
-    engine::{DumpError, DumpHooks, DumpOptions, InheritFd, RestoreHooks, RestoreOptions},
-    image::{self, Expected, Image, ImageWriter, Store},
+    engine::{DumpError, DumpHooks, DumpOptions, InheritFd, Kept, RestoreHooks, RestoreOptions},
+    image::{self, Expected, Image, ImageWriter, Mode, Store},
     preflight::Preflight,
 };
 use rustix::process::Pid;
@@ -107,6 +107,14 @@ fn dump_error(error: DumpError) -> RuntimeError {
     }
 }
 
+/// The mode's name in reports.
+fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::PodNamespaces => "pod-namespaces",
+        Mode::Classic => "classic",
+    }
+}
+
 /// Removes every image of a container that has ended. A store that is not there holds none.
 pub(super) fn remove_images(root: &Path, namespace: &str, id: &str) -> Result<(), RuntimeError> {
     if !root.exists() {
@@ -156,18 +164,23 @@ impl RuncContainer {
         self.io.prepare_dump().await.map_err(failed)?;
 
         // runc's record must be brought up to date after a direct restore, or exec would not work.
-        let (made_by, network, image) = match state_file::StateFile::read(&self.state_file()) {
+        let (made_by, dumped, image) = match state_file::StateFile::read(&self.state_file()) {
             Ok(_) => {
                 let mut hooks = LastWord { veto, writer: &writer, image: None };
                 let timeout = time_for(stats::resident(self.cgroup.path()));
-                let options = DumpOptions { timeout, ..DumpOptions::default() };
+                let options = DumpOptions {
+                    timeout,
+                    mode: self.options.criu_mode.into(),
+                    memory_limit: self.options.memory_limit_mib.saturating_mul(1 << 20),
+                    ..DumpOptions::default()
+                };
                 let dump = engine.dump(&container, init, &writer, &options, &mut hooks).await;
-                (DIRECT, dump.map_err(dump_error)?.network, hooks.image)
+                (DIRECT, dump.map_err(dump_error)?, hooks.image)
             }
             Err(reason) => {
                 warn!(id = %self.id, %reason, "runc is of an unknown kind: it dumps and restores this container itself");
                 let image = self.dump_with_runc(init, container.spec_digest, &writer, &veto).await?;
-                (RUNC, None, Some(image))
+                (RUNC, criu_hooks::engine::DumpReport::default(), Some(image))
             }
         };
         let image = Arc::new(image.ok_or_else(|| failed("CRIU killed without a last word"))?);
@@ -177,11 +190,14 @@ impl RuncContainer {
             image_bytes: image.bytes(),
             image_dir: image.path().to_owned(),
             engine: made_by,
+            mode: mode_name(dumped.mode),
+            classic_because: dumped.classic_because.map(|reason| reason.to_string()),
+            memory_bytes: dumped.memory_bytes,
         };
         let kind = if made_by == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
         let mut inner = self.lock();
         inner.last_pids = pids;
-        inner.image = Some(SleepImage { kind, network });
+        inner.image = Some(SleepImage { kind, kept: dumped.kept });
         Ok(report)
     }
 
@@ -197,17 +213,16 @@ impl RuncContainer {
     }
 
     pub(super) async fn wake_up(&self) -> Result<Restored, RuntimeError> {
-        let (kind, network) = {
+        let (kind, kept) = {
             let inner = self.lock();
             let image = inner.image.as_ref().ok_or_else(|| failed("there is no image of it"))?;
-            let network = image.network.as_ref().map(OwnedFd::try_clone).transpose();
-            (image.kind.clone(), network.map_err(failed)?)
+            (image.kind.clone(), image.kept.try_clone().map_err(failed)?)
         };
         let container = self.for_engine()?;
         let inherit = self.io.inherit().map_err(failed)?;
         let (woken, engine) = match &kind {
             ImageKind::Direct(image) => {
-                let woken = self.restore_directly(&container, image, network, inherit).await?;
+                let woken = self.restore_directly(&container, image, kept, inherit).await?;
                 if let Err(error) = state_file::update(&self.state_file(), woken.pid) {
                     warn!(id = %self.id, %error, "runc does not know the new init process: the next exec tells it");
                 }
@@ -224,19 +239,20 @@ impl RuncContainer {
             warn!(id = %self.id, %error, "its terminal has not the size that it should have");
         }
         self.lock().init = woken.init;
-        Ok(Restored { process: process::of(woken.pid, woken.exit), engine })
+        let mode = mode_name(kind.image().manifest().facts.mode);
+        Ok(Restored { process: process::of(woken.pid, woken.exit), engine, mode })
     }
 
     async fn restore_directly(
         &self,
         container: &Container,
         image: &Image,
-        network: Option<OwnedFd>,
+        kept: Kept,
         inherit: Vec<Inherit>,
     ) -> Result<Woken, RuntimeError> {
         let inherit = inherit.into_iter().map(|end| InheritFd { key: end.key, fd: end.fd }).collect();
         let timeout = time_for(image.bytes());
-        let options = RestoreOptions { network, timeout, ..RestoreOptions::default() };
+        let options = RestoreOptions { kept, timeout, ..RestoreOptions::default() };
         let mut hooks = ClaimInit { reaper: self.reaper.clone(), mark: Some(self.reaper.mark()), init: None };
         let restored = self
             .engine

@@ -197,16 +197,19 @@ impl Runtime for Fake {
             image_bytes: 4096,
             image_dir: PathBuf::from("/images/1"),
             engine: "direct",
+            mode: "pod-namespaces",
+            classic_because: None,
+            memory_bytes: 2048,
         })
     }
 
     async fn restore(&self) -> Result<Restored, RuntimeError> {
         self.work("restore", "restore".to_owned()).await?;
-        Ok(Restored { process: self.begin(None), engine: "direct" })
+        Ok(Restored { process: self.begin(None), engine: "direct", mode: "pod-namespaces" })
     }
 
-    async fn checkpoint(&self, config: &CheckpointConfig, asleep: bool) -> Result<(), RuntimeError> {
-        let call = format!("checkpoint {} exit={} asleep={asleep}", config.image_path.display(), config.exit);
+    async fn checkpoint(&self, config: &CheckpointConfig) -> Result<(), RuntimeError> {
+        let call = format!("checkpoint {} exit={}", config.image_path.display(), config.exit);
         self.work("checkpoint", call).await
     }
 

@@ -343,7 +343,7 @@ async fn pause_of_a_sleeping_agent_succeeds_and_resume_wakes_it() {
 }
 
 #[tokio::test]
-async fn update_and_checkpoint_of_a_sleeping_agent_leave_it_asleep() {
+async fn an_update_of_a_sleeping_agent_leaves_it_asleep() {
     let shim = Shim::asleep().await;
     let update = UpdateTaskRequest {
         id: "c".to_owned(),
@@ -354,12 +354,30 @@ async fn update_and_checkpoint_of_a_sleeping_agent_leave_it_asleep() {
         ..Default::default()
     };
     shim.task.update(&ctx(), update).await.unwrap();
-    let path = "/checkpoint".to_owned();
-    let checkpoint = CheckpointTaskRequest { id: "c".to_owned(), path, ..Default::default() };
-    shim.task.checkpoint(&ctx(), checkpoint).await.unwrap();
-    let expected = ["update shares=Some(2) asleep=true", "checkpoint /checkpoint exit=false asleep=true"];
-    assert_eq!(shim.fake.calls(), expected);
+    assert_eq!(shim.fake.calls(), ["update shares=Some(2) asleep=true"]);
     assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_ASLEEP);
+}
+
+#[tokio::test]
+async fn a_checkpoint_of_a_sleeping_agent_wakes_it_and_keeps_it_paused_if_it_was() {
+    let request = || {
+        let path = "/checkpoint".to_owned();
+        CheckpointTaskRequest { id: "c".to_owned(), path, ..Default::default() }
+    };
+    let shim = Shim::asleep().await;
+    shim.task.checkpoint(&ctx(), request()).await.unwrap();
+    assert_eq!(shim.fake.calls(), ["restore", "drop image", "checkpoint /checkpoint exit=false"]);
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
+
+    let shim = Shim::asleep().await;
+    let pause = PauseRequest { id: "c".to_owned(), ..Default::default() };
+    shim.task.pause(&ctx(), pause).await.unwrap();
+    shim.task.checkpoint(&ctx(), request()).await.unwrap();
+    assert_eq!(shim.fake.calls(), ["restore", "drop image", "freeze", "checkpoint /checkpoint exit=false"]);
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_PAUSED);
+    let resume = ResumeRequest { id: "c".to_owned(), ..Default::default() };
+    shim.task.resume(&ctx(), resume).await.unwrap();
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use crate::{
     error::TaskError,
     events::{EventSink, timestamp},
     lifecycle::{self, Depth, Effect, Event, Facts, FrozenBy, Refusal, State},
-    runtime::{ExecConfig, ExitFuture, Process, ProcessExit, Runtime, RuntimeError, Veto},
+    runtime::{CheckpointConfig, ExecConfig, ExitFuture, Process, ProcessExit, Runtime, RuntimeError, Veto},
 };
 
 /// How long input waits after a failed wake before it tries again.
@@ -41,6 +41,7 @@ enum Deferred {
     Signal { signal: u32, all: bool, reply: Reply<()> },
     Resume { reply: Reply<()> },
     Wake { reply: Reply<Option<Transition>> },
+    Checkpoint { config: CheckpointConfig, reply: Reply<()> },
 }
 
 /// An exec that has not been started yet, is being started, or runs; [`ProcessView`] has the rest.
@@ -71,6 +72,7 @@ struct Waking {
     depth: Depth,
     image_bytes: u64,
     engine: &'static str,
+    mode: &'static str,
 }
 
 pub(super) struct Actor {
@@ -94,6 +96,8 @@ pub(super) struct Actor {
     exit_due: bool,
     checkpoints: usize,
     kill_all: bool,
+    /// A client has paused it in its sleep, and not resumed it since.
+    paused_asleep: bool,
     /// Input does not wake it before this moment: a wake has failed, and would fail again at once.
     deaf_until: Option<tokio::time::Instant>,
 }
@@ -123,6 +127,7 @@ impl Actor {
             exit_due: false,
             checkpoints: 0,
             kill_all: false,
+            paused_asleep: false,
             deaf_until: None,
         };
         actor.record(Phase::Running);
@@ -183,6 +188,7 @@ impl Actor {
             }
             Message::Pause { reply } => {
                 let paused = self.apply(Event::Pause).await;
+                self.paused_asleep = paused.is_ok() && self.state() == State::Checkpointed;
                 answer(reply, paused);
             }
             Message::Resume { reply } => self.resume(reply).await,
@@ -195,7 +201,7 @@ impl Actor {
                 answer(reply, closed);
             }
             Message::Update { resources, reply } => self.update(*resources, reply),
-            Message::Checkpoint { config, reply } => self.checkpoint(config, reply),
+            Message::Checkpoint { config, reply } => self.checkpoint(config, reply).await,
             Message::Sleep { depth, reply } => self.sleep(depth, reply).await,
             Message::Wake { reply } => self.wake(reply).await,
             Message::Started(result) => self.started(result).await,
@@ -379,7 +385,7 @@ impl Actor {
 
 impl Waking {
     fn now(depth: Depth, image_bytes: u64) -> Self {
-        Self { since: Instant::now(), depth, image_bytes, engine: FREEZER }
+        Self { since: Instant::now(), depth, image_bytes, engine: FREEZER, mode: "" }
     }
 }
 
@@ -387,7 +393,9 @@ impl Deferred {
     fn fail(self, error: TaskError) {
         match self {
             Self::StartExec { reply, .. } => answer(reply, Err(error)),
-            Self::Signal { reply, .. } | Self::Resume { reply } => answer(reply, Err(error)),
+            Self::Signal { reply, .. } | Self::Resume { reply } | Self::Checkpoint { reply, .. } => {
+                answer(reply, Err(error));
+            }
             Self::Wake { reply } => answer(reply, Err(error)),
         }
     }

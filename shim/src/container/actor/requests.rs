@@ -127,21 +127,24 @@ impl Actor {
         });
     }
 
-    pub(super) fn checkpoint(&mut self, config: CheckpointConfig, reply: Reply<()>) {
-        let asleep = match self.state() {
-            State::Running | State::Frozen { .. } => false,
-            State::Checkpointed => true,
+    /// Takes a checkpoint for a client. It must be whole without this node, which the image that an agent sleeps in is
+    /// not; so a sleeping one is woken for it.
+    pub(super) async fn checkpoint(&mut self, config: CheckpointConfig, reply: Reply<()>) {
+        match self.state() {
+            State::Running | State::Frozen { .. } => {}
+            State::Checkpointed | State::Restoring { .. } => {
+                return self.need(Deferred::Checkpoint { config, reply }).await;
+            }
             State::Created | State::Starting { .. } => {
                 return answer(reply, Err(self.refused(Refusal::NotStarted)));
             }
             State::Dumping { .. } => return answer(reply, Err(self.refused(Refusal::FallingAsleep))),
-            State::Restoring { .. } => return answer(reply, Err(self.refused(Refusal::Waking))),
             State::Stopped => return answer(reply, Err(self.refused(Refusal::Ended))),
-        };
+        }
         self.checkpoints += 1;
         let runtime = self.runtime.clone();
         self.beside(async move {
-            let result = runtime.checkpoint(&config, asleep).await;
+            let result = runtime.checkpoint(&config).await;
             Message::Checkpointed { path: config.image_path, result, reply }
         });
     }

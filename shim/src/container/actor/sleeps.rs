@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim::protos::events::task::TaskResumed;
+use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
 use super::{
@@ -39,6 +40,9 @@ impl Actor {
                     stopped: Duration::ZERO,
                     image_bytes: 0,
                     engine: FREEZER,
+                    mode: "",
+                    classic_because: None,
+                    memory_bytes: 0,
                     at: SystemTime::now(),
                 };
                 self.fell_asleep(slept.clone());
@@ -54,7 +58,11 @@ impl Actor {
     }
 
     pub(super) fn fell_asleep(&mut self, slept: Transition) {
-        info!(id = %self.id, depth = %slept.depth, ms = slept.total.as_millis(), "asleep");
+        let (depth, mode, ms) = (slept.depth, slept.mode, slept.total.as_millis());
+        match &slept.classic_because {
+            None => info!(id = %self.id, %depth, mode, ms, "asleep"),
+            Some(reason) => info!(id = %self.id, %depth, mode, %reason, ms, "asleep"),
+        }
         self.deaf_until = None;
         self.snapshot.send_modify(|now| {
             now.sleeps += 1;
@@ -88,6 +96,9 @@ impl Actor {
                     stopped: report.stopped,
                     image_bytes: report.image_bytes,
                     engine: report.engine,
+                    mode: report.mode,
+                    classic_because: report.classic_because,
+                    memory_bytes: report.memory_bytes,
                     at: SystemTime::now(),
                 };
                 self.snapshot
@@ -148,6 +159,7 @@ impl Actor {
                 self.adopt(restored.process);
                 if let Some(waking) = &mut self.waking {
                     waking.engine = restored.engine;
+                    waking.mode = restored.mode;
                 }
                 self.record(Phase::Running);
             }
@@ -165,6 +177,7 @@ impl Actor {
     /// Serves the requests that waited; they learn of the wake that they waited for, if there was one.
     pub(super) fn release(&mut self) {
         let woke = self.waking.take().map(|waking| self.woke(&waking));
+        let paused = std::mem::take(&mut self.paused_asleep);
         for deferred in std::mem::take(&mut self.waiting) {
             match deferred {
                 Deferred::StartExec { exec_id, reply } => self.begin_exec(exec_id, reply),
@@ -174,6 +187,14 @@ impl Actor {
                     answer(reply, Ok(()));
                 }
                 Deferred::Wake { reply } => answer(reply, Ok(woke.clone())),
+                Deferred::Checkpoint { config, reply } => {
+                    // Whoever paused it in its sleep copies files beside the image: it must not run meanwhile.
+                    if paused {
+                        let (reply, _) = oneshot::channel();
+                        let _ = self.mailbox.send(Message::Pause { reply });
+                    }
+                    let _ = self.mailbox.send(Message::Checkpoint { config, reply });
+                }
             }
         }
     }
@@ -189,9 +210,12 @@ impl Actor {
             stopped: Duration::ZERO,
             image_bytes: waking.image_bytes,
             engine: waking.engine,
+            mode: waking.mode,
+            classic_because: None,
+            memory_bytes: 0,
             at: SystemTime::now(),
         };
-        info!(id = %self.id, depth = %woke.depth, ms = woke.total.as_millis(), "awake");
+        info!(id = %self.id, depth = %woke.depth, mode = woke.mode, ms = woke.total.as_millis(), "awake");
         self.snapshot.send_modify(|now| {
             now.wakes += 1;
             now.last_error = None;
