@@ -131,6 +131,16 @@ pub enum Blocker {
         /// The process.
         pid: Pid,
     },
+    /// A thread has left a namespace of its process, which a restore would not bring back: CRIU knows only the process's.
+    #[error("thread {tid} of process {pid} is in another {namespace} namespace than its process")]
+    StrayThread {
+        /// The process.
+        pid: Pid,
+        /// The thread.
+        tid: i32,
+        /// `net`, `ipc`, `uts`, `cgroup` or `mnt`.
+        namespace: &'static str,
+    },
     /// A mount that the specification does not name and CRIU cannot remake.
     #[error("{fs_type} is mounted at {}, which the specification does not name", mount_point.display())]
     ForeignMount {

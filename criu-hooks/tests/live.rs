@@ -47,6 +47,8 @@ macro_rules! on_a_node {
     };
 }
 
+#[path = "live/fast.rs"]
+mod fast;
 #[path = "live/kills.rs"]
 mod kills;
 #[path = "live/mounts.rs"]

@@ -190,11 +190,14 @@ impl Engine {
         let Job { container, init, writer, options } = *job;
         container.freeze(options.freeze_timeout).await?;
         *frozen = Instant::now();
-        let blockers = container.blockers(init)?;
+        let look = Look::take(init, &container.cgroup.procs()?);
+        let look = look.map_err(|source| container::Error::Process { pid: init, source })?;
+        let mut blockers = container.blockers(init)?;
+        blockers.extend(look.stray());
         if !blockers.is_empty() {
             return Err(DumpError::Blocked(blockers));
         }
-        report.classic_because = against_pod_namespaces(job)?;
+        report.classic_because = against_pod_namespaces(&look, options);
         if report.classic_because.is_none() {
             let error = match self.try_dump(attempt, job, Mode::PodNamespaces, hooks, *frozen, report).await {
                 Err(error) if error.is_unexplained() && attempt.lets_go_again().await => error,
@@ -299,16 +302,14 @@ struct Job<'a> {
 }
 
 /// What speaks against working inside the container's namespaces.
-fn against_pod_namespaces(job: &Job<'_>) -> Result<Option<ClassicReason>, DumpError> {
-    let Job { container, init, options, .. } = *job;
+fn against_pod_namespaces(look: &Look, options: &DumpOptions) -> Option<ClassicReason> {
     if options.leave_running {
-        return Ok(Some(ClassicReason::LeavesRunning));
+        return Some(ClassicReason::LeavesRunning);
     }
     if options.mode == Mode::Classic {
-        return Ok(Some(ClassicReason::Asked));
+        return Some(ClassicReason::Asked);
     }
-    let look = Look::take(init, &container.cgroup.procs()?);
-    Ok(look.map_err(|source| container::Error::Process { pid: init, source })?.against())
+    look.against()
 }
 
 /// What CRIU does not dump, and where it works.
@@ -345,11 +346,9 @@ impl Plan {
         let volumes: HashSet<String> = volumes.map(|(mount_point, _)| mount_point).collect();
         plan.memory = Memory::survey(init, &volumes, options.memory_limit)?;
         plan.outside.mounts.clone_from(&plan.memory.kept);
-        if !plan.memory.kept.is_empty() {
-            let mounts = namespaces::open(init, "mnt")?;
-            plan.outside.namespaces.insert("mnt".to_owned(), namespaces::number(&mounts)?);
-            plan.kept.mounts = Some(mounts);
-        }
+        let mounts = namespaces::open(init, "mnt")?;
+        plan.outside.namespaces.insert("mnt".to_owned(), namespaces::number(&mounts)?);
+        plan.kept.mounts = Some(mounts);
         Ok(plan)
     }
 

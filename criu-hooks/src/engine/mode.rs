@@ -9,7 +9,11 @@ use std::{fmt, fs, io, os::fd::AsFd};
 use rustix::{process::Pid, thread::LinkNameSpaceType};
 
 use super::namespaces::{self, Kind};
-use crate::procfs;
+use crate::{container::Blocker, procfs};
+
+/// The namespaces of a task that are looked at: those that CRIU can work in, and that of its mounts.
+type Numbers = [u64; 5];
+const NAMES: [&str; 5] = ["net", "ipc", "uts", "cgroup", "mnt"];
 
 /// Why a dump is not made inside the container's namespaces.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,19 +59,19 @@ impl fmt::Display for ClassicReason {
     }
 }
 
-/// A thread of the container and the numbers of its namespaces, in the order of [`Kind::ALL`].
+/// A thread of the container and the numbers of its namespaces, in the order of [`NAMES`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Task {
     pub(super) pid: Pid,
     pub(super) tid: i32,
-    pub(super) namespaces: [u64; 4],
+    pub(super) namespaces: Numbers,
 }
 
 /// What decides.
 #[derive(Debug, Clone)]
 pub(super) struct Look {
     /// The namespaces of the first process.
-    pub(super) init: [u64; 4],
+    pub(super) init: Numbers,
     /// Every thread of every process that is not dead.
     pub(super) tasks: Vec<Task>,
     /// A process that has mapped System V shared memory.
@@ -85,24 +89,40 @@ impl Look {
         Ok(Look { init: numbers(&format!("/proc/{init}"))?, tasks, shares })
     }
 
+    /// A thread that is not where its process is: CRIU would put it there, in either mode.
+    pub(super) fn stray(&self) -> Option<Blocker> {
+        let leader = |pid: Pid| {
+            let is_leader = |task: &&Task| task.pid == pid && task.tid == pid.as_raw_nonzero().get();
+            self.tasks.iter().find(is_leader)
+        };
+        self.tasks.iter().find_map(|task| {
+            let at = first_difference(&task.namespaces, &leader(task.pid)?.namespaces)?;
+            Some(Blocker::StrayThread { pid: task.pid, tid: task.tid, namespace: NAMES[at] })
+        })
+    }
+
     /// What speaks against the fast mode.
     pub(super) fn against(&self) -> Option<ClassicReason> {
         for task in &self.tasks {
-            let differs = |at: &usize| task.namespaces[*at] != self.init[*at];
-            if let Some(at) = (0..Kind::ALL.len()).find(differs) {
+            // Mounts are dumped in either mode.
+            if let Some(at) = first_difference(&task.namespaces[..4], &self.init[..4]) {
                 let (pid, tid) = (task.pid, task.tid);
-                return Some(ClassicReason::LeftNamespace { pid, tid, namespace: Kind::ALL[at].name() });
+                return Some(ClassicReason::LeftNamespace { pid, tid, namespace: NAMES[at] });
             }
         }
         self.shares.map(|pid| ClassicReason::SharedMemory { pid })
     }
 }
 
+fn first_difference(one: &[u64], other: &[u64]) -> Option<usize> {
+    one.iter().zip(other).position(|(one, other)| one != other)
+}
+
 /// The numbers of the namespaces of the task whose directory in `/proc` is `directory`.
-fn numbers(directory: &str) -> io::Result<[u64; 4]> {
-    let mut found = [0; 4];
-    for (number, kind) in found.iter_mut().zip(Kind::ALL) {
-        *number = procfs::inode(format!("{directory}/ns/{}", kind.name()).as_ref())?;
+fn numbers(directory: &str) -> io::Result<Numbers> {
+    let mut found = [0; 5];
+    for (number, name) in found.iter_mut().zip(NAMES) {
+        *number = procfs::inode(format!("{directory}/ns/{name}").as_ref())?;
     }
     Ok(found)
 }
@@ -173,35 +193,56 @@ fn sharer(pids: &[Pid]) -> io::Result<Option<Pid>> {
 mod tests {
     use super::*;
 
-    fn task(tid: i32, namespaces: [u64; 4]) -> Task {
-        Task { pid: Pid::from_raw(7).unwrap(), tid, namespaces }
+    const HOME: Numbers = [1, 2, 3, 4, 5];
+
+    fn pid() -> Pid {
+        Pid::from_raw(7).unwrap()
+    }
+
+    fn task(tid: i32, namespaces: Numbers) -> Task {
+        Task { pid: pid(), tid, namespaces }
     }
 
     fn look(tasks: Vec<Task>) -> Look {
-        Look { init: [1, 2, 3, 4], tasks, shares: None }
+        Look { init: HOME, tasks, shares: None }
     }
 
     #[test]
     fn a_container_whose_threads_are_all_where_init_is_speaks_for_the_fast_mode() {
-        assert_eq!(look(vec![task(7, [1, 2, 3, 4]), task(8, [1, 2, 3, 4])]).against(), None);
+        let look = look(vec![task(7, HOME), task(8, HOME)]);
+        assert_eq!((look.against(), look.stray()), (None, None));
     }
 
     #[test]
-    fn one_thread_elsewhere_is_named_with_its_namespace() {
-        for (at, name) in ["net", "ipc", "uts", "cgroup"].into_iter().enumerate() {
-            let mut elsewhere = [1, 2, 3, 4];
+    fn a_process_elsewhere_is_named_with_its_namespace() {
+        for (at, namespace) in ["net", "ipc", "uts", "cgroup"].into_iter().enumerate() {
+            let mut elsewhere = HOME;
             elsewhere[at] = 9;
-            let reason = look(vec![task(7, [1, 2, 3, 4]), task(8, elsewhere)]).against();
-            let pid = Pid::from_raw(7).unwrap();
-            assert_eq!(reason, Some(ClassicReason::LeftNamespace { pid, tid: 8, namespace: name }));
+            let look = look(vec![task(7, elsewhere), task(8, elsewhere)]);
+            assert_eq!(look.against(), Some(ClassicReason::LeftNamespace { pid: pid(), tid: 7, namespace }));
+            assert_eq!(look.stray(), None);
         }
     }
 
     #[test]
+    fn a_thread_that_left_its_process_is_named_with_its_namespace() {
+        for (at, namespace) in NAMES.into_iter().enumerate() {
+            let mut elsewhere = HOME;
+            elsewhere[at] = 9;
+            let look = look(vec![task(7, HOME), task(8, elsewhere)]);
+            assert_eq!(look.stray(), Some(Blocker::StrayThread { pid: pid(), tid: 8, namespace }));
+        }
+    }
+
+    #[test]
+    fn mounts_of_its_own_do_not_speak_against_the_fast_mode() {
+        assert_eq!(look(vec![task(7, [1, 2, 3, 4, 9])]).against(), None);
+    }
+
+    #[test]
     fn mapped_shared_memory_speaks_against_it() {
-        let pid = Pid::from_raw(7).unwrap();
-        let look = Look { shares: Some(pid), ..look(vec![task(7, [1, 2, 3, 4])]) };
-        assert_eq!(look.against(), Some(ClassicReason::SharedMemory { pid }));
+        let look = Look { shares: Some(pid()), ..look(vec![task(7, HOME)]) };
+        assert_eq!(look.against(), Some(ClassicReason::SharedMemory { pid: pid() }));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use rustix::{process::Pid, thread::LinkNameSpaceType};
 
 use super::{
     DEATH_TIMEOUT, Engine, Failure, NETWORK_KEY, RestoreHooks, ext_mounts,
+    ghosts::Ghosts,
     memory::{self, Detached},
     namespaces::{self, Kept, Kind},
     request,
@@ -128,6 +129,9 @@ pub enum RestoreError {
     /// A namespace to join is not the one in which the dump was made.
     #[error("the {0} namespace is not the one in which the container fell asleep")]
     OtherNamespace(&'static str),
+    /// It is not known which deleted files the processes had open.
+    #[error("the image's list of files cannot be read: {0}")]
+    Ghosts(io::Error),
     /// A memory file system cannot be shown again.
     #[error("a memory file system of the container cannot be mounted: {0}")]
     Memory(io::Error),
@@ -186,11 +190,15 @@ impl Engine {
         }
         let outside = &image.manifest().facts.outside;
         let memory = memory_mounts(outside, &options.kept)?;
+        let mounts = options.kept.mounts.as_ref().and_then(|mounts| mounts.try_clone().ok());
+        let ghosts = Ghosts::of(image.images_dir(), container, mounts).map_err(RestoreError::Ghosts)?;
+        ghosts.remove();
         let root = RootMount::new(&container.rootfs, &container.bundle)
             .map_err(|source| RestoreError::Rootfs { path: container.rootfs.clone(), source })?;
         let mut attempt = Attempt {
             cgroup: container.cgroup.clone(),
             spawner: Arc::clone(&self.spawner),
+            ghosts,
             root: Some(root),
             session: None,
             dying: None,
@@ -389,6 +397,8 @@ fn inherit_as(request: &mut Criu_req, launch: &mut Launch<'_>, key: String, fd: 
 struct Attempt {
     cgroup: Cgroup,
     spawner: Arc<dyn Spawner>,
+    /// Removed when it goes wrong.
+    ghosts: Ghosts,
     /// Unmounted when this is dropped, in any case.
     root: Option<RootMount>,
     session: Option<Session>,
@@ -422,6 +432,7 @@ impl Attempt {
             tracing::error!(%error, "what a failed restore had made cannot be killed");
         }
         let _ = self.cgroup.thaw_now();
+        self.ghosts.remove();
         self.root = None;
         self.failed = false;
     }
@@ -456,6 +467,7 @@ impl Drop for Attempt {
         let mut rest = Attempt {
             cgroup: self.cgroup.clone(),
             spawner: Arc::clone(&self.spawner),
+            ghosts: std::mem::take(&mut self.ghosts),
             root: self.root.take(),
             session: None,
             dying: self.dying.take(),
