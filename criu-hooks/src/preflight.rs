@@ -9,6 +9,8 @@ use std::{
 };
 
 use rustix::{
+    fs::{FlockOperation, Mode, OFlags, flock},
+    io::Errno,
     pipe::PipeFlags,
     process::{Pid, Signal, pidfd_send_signal},
 };
@@ -25,6 +27,11 @@ use crate::{
 
 /// The oldest CRIU that can dump sockets on kernels from 6.16 on.
 pub const OLDEST: Version = Version { major: 4, minor: 2, sublevel: 0 };
+
+/// Where CRIU notes what the kernel can do; a tmpfs, so that the note is gone with the boot that it was made in.
+const KERNEL_NOTE: &str = "/run/criu.kdat";
+/// Held while this program has it made.
+const KERNEL_NOTE_LOCK: &str = "/run/criu.kdat.lock";
 
 /// How long any of CRIU's answers may take here.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -198,6 +205,26 @@ impl<'a> Preflight<'a> {
         })
     }
 
+    /// Sees to it that CRIU has its note of what this kernel can do, which takes it some 30 ms to find out: otherwise the
+    /// first dump after the machine's start pays for it. Of several processes that find none, one lets CRIU make it.
+    ///
+    /// # Errors
+    /// When CRIU cannot be asked, or the lock is not to be had.
+    pub async fn warm(&self) -> Result<(), Error> {
+        if is_newer(Path::new(KERNEL_NOTE), self.binary) {
+            return Ok(());
+        }
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let lock = rustix::fs::open(KERNEL_NOTE_LOCK, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|error| self.failed("lock its note of the kernel's features", error))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            // CRIU replaces a note of another CRIU or another kernel by itself.
+            Ok(()) => self.features().await.map(drop),
+            Err(Errno::WOULDBLOCK) => Ok(()),
+            Err(error) => Err(self.failed("lock its note of the kernel's features", error)),
+        }
+    }
+
     async fn request(&self, request: &Criu_req) -> Result<Result<criu::rpc::Criu_resp, criu::Error>, Error> {
         let work = async {
             let mut session = Session::start(self.spawner, Launch::new(self.binary))?;
@@ -270,6 +297,21 @@ impl<'a> Preflight<'a> {
     }
 }
 
+/// Whether `file` is there and was written after the program `binary` was installed.
+fn is_newer(file: &Path, binary: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(written) = std::fs::metadata(file).map(|file| (file.mtime(), file.mtime_nsec())) else {
+        return false;
+    };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = if binary.is_absolute() {
+        std::fs::metadata(binary).ok()
+    } else {
+        std::env::split_paths(&path).find_map(|directory| std::fs::metadata(directory.join(binary)).ok())
+    };
+    found.is_some_and(|binary| (binary.ctime(), binary.ctime_nsec()) < written)
+}
+
 /// CRIU dumps sessions as a whole, and this process must not be in the one that it dumps.
 fn in_session_of_its_own(command: &mut Command) {
     use std::os::unix::process::CommandExt;
@@ -324,6 +366,18 @@ mod tests {
         assert!(parse("Version: 3.17.1") < OLDEST && parse("Version: 4.10") > OLDEST);
         assert_eq!(Version::parse("criu 4.2"), None);
         assert_eq!(Version::parse("Version: four"), None);
+    }
+
+    #[test]
+    fn a_note_is_of_use_when_it_was_written_after_the_program() {
+        let folder = tempfile::tempdir().unwrap();
+        let (older, newer) = (folder.path().join("older"), folder.path().join("newer"));
+        std::fs::write(&older, "").unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        std::fs::write(&newer, "").unwrap();
+        assert!(is_newer(&newer, &older) && !is_newer(&older, &newer));
+        assert!(is_newer(&newer, Path::new("sh")) && !is_newer(&newer, Path::new("no-such-program")));
+        assert!(!is_newer(&folder.path().join("none"), &older));
     }
 
     #[tokio::test]

@@ -529,6 +529,23 @@ for i in range(2, 1000000):
     agent.delete();
 });
 
+on_a_node!(criu_knows_the_kernel_before_the_first_dump, async || {
+    let note = Path::new("/run/criu.kdat");
+    let preflight = Preflight::new(Path::new("criu"), &LocalSpawner);
+    let (first, second) = tokio::join!(preflight.warm(), preflight.warm());
+    first.unwrap();
+    second.unwrap();
+    let made = fs::metadata(note).unwrap().modified().unwrap();
+    preflight.warm().await.unwrap();
+    assert_eq!(fs::metadata(note).unwrap().modified().unwrap(), made);
+    // One of another CRIU is replaced.
+    fs::write(note, "something else").unwrap();
+    let old = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1);
+    fs::File::options().write(true).open(note).unwrap().set_modified(old).unwrap();
+    preflight.warm().await.unwrap();
+    assert!(fs::metadata(note).unwrap().len() > 100);
+});
+
 on_a_node!(criu_is_looked_at_and_tried_on_a_small_process, async || {
     let preflight = Preflight::new(Path::new("criu"), &LocalSpawner);
     assert!(preflight.version().await.unwrap() >= preflight::OLDEST);

@@ -184,7 +184,7 @@ impl RuntimeFactory for RuncFactory {
             reaper: self.reaper.clone(),
             runc,
             engine,
-            criu: tokio::sync::OnceCell::new(),
+            criu: Arc::default(),
             cgroup,
             io,
             inner: Mutex::new(Inner {

@@ -20,7 +20,7 @@ use criu_hooks::{
     cgroup::Cgroup,
     engine::{Engine, Kept},
     image::Image,
-    preflight,
+    preflight::{self, Preflight},
 };
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 use runc::{
@@ -28,7 +28,7 @@ use runc::{
     options::{DeleteOpts, ExecOpts},
 };
 use tokio::sync::OnceCell;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use self::process::{ProcessHandle, runc_error};
 pub use self::{cleanup::cleanup, create::RuncFactory};
@@ -61,7 +61,7 @@ pub struct RuncContainer {
     runc: Runc,
     engine: Engine,
     /// Looked at before the first dump.
-    criu: OnceCell<preflight::Version>,
+    criu: Arc<OnceCell<preflight::Version>>,
     cgroup: Cgroup,
     own_pid_namespace: bool,
     io: Arc<ProcessIo>,
@@ -174,6 +174,23 @@ impl RuncContainer {
         });
     }
 
+    /// Has a look at CRIU that the first dump would else have to wait for. It matters to nobody else, so whatever is
+    /// wrong is told then.
+    fn look_at_criu(&self) {
+        let (binary, reaper, criu) = (self.engine.criu().to_owned(), self.reaper.clone(), self.criu.clone());
+        let id = self.id.clone();
+        tokio::spawn(async move {
+            let preflight = Preflight::new(&binary, &reaper);
+            let looked = async {
+                criu.get_or_try_init(|| preflight.version()).await?;
+                preflight.warm().await
+            };
+            if let Err(error) = looked.await {
+                debug!(%id, %error, "CRIU cannot be looked at yet");
+            }
+        });
+    }
+
     /// Sees to it that runc knows the init process, should that have failed after the wake.
     fn introduce_init(&self) -> Result<(), RuntimeError> {
         let Some(init) = self.lock().init.raw() else { return Ok(()) };
@@ -225,6 +242,7 @@ impl Runtime for RuncContainer {
     async fn start(&self) -> Result<Option<Process>, RuntimeError> {
         let started = self.runc.start(&self.id).await;
         started.map_err(|error| runc_error("start", error, &self.runc_log()))?;
+        self.look_at_criu();
         Ok(None)
     }
 
