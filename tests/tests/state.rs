@@ -325,7 +325,7 @@ fn a_checkpoint_for_a_client_is_a_whole_image_and_leaves_the_agent_as_it_was() {
     assert_eq!(agent.digest().unwrap(), digest);
     assert_eq!(agent.chat("again").unwrap().turn, 2);
 
-    // From the image of a sleeping agent. ctr resumes what it has checkpointed, which wakes it.
+    // A sleeping agent is woken for it.
     sleep(&node, &agent);
     whole(checkpoint(&node, &agent));
     assert_eq!(agent.turn().unwrap(), 2);

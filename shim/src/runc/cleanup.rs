@@ -2,6 +2,7 @@
 
 use std::{path::Path, time::SystemTime};
 
+use criu_hooks::image::{Mode, Store};
 use runc::options::DeleteOpts;
 
 use super::create::{last_record, orphaned_image, runc_of};
@@ -40,7 +41,22 @@ pub async fn cleanup(namespace: &str, id: &str, bundle: &Path, reaper: &Reaper) 
         eprintln!("container {id}: {error}");
     }
     if let Some(image) = record.as_ref().and_then(orphaned_image) {
-        eprintln!("container {id} was asleep when its shim died: its state is kept in {}", image.display());
+        let rest = without(&options, namespace, id);
+        eprintln!(
+            "container {id} was asleep when its shim died: its state is kept in {}{rest}",
+            image.display()
+        );
     }
     Ended { pid: record.map_or(0, |record| record.pid), code: exit.code, at: exit.at }
+}
+
+/// What was lost with the shim, in words: an image of the fast mode leaves out what lives on in memory.
+fn without(options: &Options, namespace: &str, id: &str) -> &'static str {
+    let image = Store::open(&options.image_dir).and_then(|store| store.latest(namespace, id));
+    match image {
+        Ok(Some(image)) if image.manifest().facts.mode == Mode::PodNamespaces => {
+            ", without the contents of its tmpfs mounts and of its IPC namespace, which the shim held"
+        }
+        _ => "",
+    }
 }
