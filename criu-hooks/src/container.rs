@@ -348,6 +348,11 @@ impl Container {
     /// # Errors
     /// When the container is gone.
     pub fn blockers(&self, init: Pid) -> Result<Vec<Blocker>, Error> {
+        self.blockers_with(init, &self.live_mounts(init)?)
+    }
+
+    /// As [`Container::blockers`], with what [`Container::live_mounts`] has found.
+    pub(crate) fn blockers_with(&self, init: Pid, live: &[(String, String)]) -> Result<Vec<Blocker>, Error> {
         let mut blockers = Vec::new();
         let own = self.cgroup.own_procs()?;
         for pid in self.cgroup.procs()? {
@@ -363,8 +368,7 @@ impl Container {
             }
         }
         let mounts = procfs::mounts(init).map_err(|source| Error::Process { pid: init, source })?;
-        let external: Vec<_> =
-            self.live_mounts(init)?.into_iter().map(|(mount_point, _)| mount_point).collect();
+        let external: Vec<_> = live.iter().map(|(mount_point, _)| mount_point.clone()).collect();
         blockers.extend(foreign_mounts(&mounts, &external));
         Ok(blockers)
     }

@@ -158,7 +158,7 @@ impl Engine {
             revoker: Some(writer.revoker()),
             in_background: false,
         };
-        let job = Job { container, init, writer, options };
+        let job = Job { container, init, writer, options, mounts: &[] };
         let mut report = DumpReport::default();
         let mut frozen = started;
         if let Err(error) = self.freeze_and_dump(&mut attempt, &job, hooks, &mut frozen, &mut report).await {
@@ -187,12 +187,14 @@ impl Engine {
         frozen: &mut Instant,
         report: &mut DumpReport,
     ) -> Result<(), DumpError> {
-        let Job { container, init, writer, options } = *job;
+        let Job { container, init, writer, options, .. } = *job;
         container.freeze(options.freeze_timeout).await?;
         *frozen = Instant::now();
         let look = Look::take(init, &container.cgroup.procs()?);
         let look = look.map_err(|source| container::Error::Process { pid: init, source })?;
-        let mut blockers = container.blockers(init)?;
+        let mounts = container.live_mounts(init)?;
+        let job = &Job { mounts: &mounts, ..*job };
+        let mut blockers = container.blockers_with(init, &mounts)?;
         blockers.extend(look.stray());
         if !blockers.is_empty() {
             return Err(DumpError::Blocked(blockers));
@@ -220,7 +222,7 @@ impl Engine {
         frozen: Instant,
         report: &mut DumpReport,
     ) -> Result<(), DumpError> {
-        let Job { container, init, writer, options } = *job;
+        let Job { container, init, writer, options, .. } = *job;
         let look = |source| container::Error::Process { pid: init, source };
         report.mode = mode;
         report.stdio = procfs::stdio_keys(init).map_err(look)?;
@@ -228,7 +230,7 @@ impl Engine {
             Mode::PodNamespaces => Plan::inside(job).map_err(look)?,
             Mode::Classic => Plan::outside(job).map_err(look)?,
         };
-        let request = prepare(job, &plan)?;
+        let request = prepare(job, &plan);
         let failed = |error| DumpError::Criu(Failure::new(error, writer.work_dir(), LOG));
 
         let launch = Launch { join: plan.join, ..Launch::new(&self.criu) };
@@ -299,6 +301,8 @@ struct Job<'a> {
     init: Pid,
     writer: &'a ImageWriter,
     options: &'a DumpOptions,
+    /// Where its volumes and masked files are, see [`Container::live_mounts`].
+    mounts: &'a [(String, String)],
 }
 
 /// What speaks against working inside the container's namespaces.
@@ -327,7 +331,7 @@ struct Plan {
 impl Plan {
     /// Inside all of the container's namespaces that CRIU can work in.
     fn inside(job: &Job<'_>) -> std::io::Result<Plan> {
-        let Job { container, init, options, .. } = *job;
+        let Job { container, init, options, mounts: live, .. } = *job;
         let mut plan = Plan::default();
         for kind in Kind::ALL {
             let namespace = kind.of(&container.namespaces);
@@ -341,9 +345,8 @@ impl Plan {
             }
             plan.join.push((opened, kind.link()));
         }
-        let volumes = container.live_mounts(init).map_err(std::io::Error::other)?;
-        let volumes = volumes.into_iter().filter(|(_, name)| name != container::MASKED);
-        let volumes: HashSet<String> = volumes.map(|(mount_point, _)| mount_point).collect();
+        let volumes = live.iter().filter(|(_, name)| name != container::MASKED);
+        let volumes: HashSet<String> = volumes.map(|(mount_point, _)| mount_point.clone()).collect();
         plan.memory = Memory::survey(init, &volumes, options.memory_limit)?;
         plan.outside.mounts.clone_from(&plan.memory.kept);
         let mounts = namespaces::open(init, "mnt")?;
@@ -370,24 +373,20 @@ impl Plan {
     }
 
     /// The external mounts for CRIU: pairs of mount point and name.
-    fn external_mounts(
-        &self,
-        container: &Container,
-        init: Pid,
-    ) -> Result<Vec<(String, String)>, container::Error> {
+    fn external_mounts(&self, live: &[(String, String)]) -> Vec<(String, String)> {
         let kept = self.memory.kept.iter().enumerate();
         let mut mounts: Vec<_> =
             kept.map(|(at, mount)| (mount.mount_point.clone(), memory::name(at))).collect();
         // A masked file may be a mount of the container's own /dev, which lives on.
         let is_new = |point: &String| self.memory.kept.iter().all(|kept| kept.mount_point != *point);
-        mounts.extend(container.live_mounts(init)?.into_iter().filter(|(point, _)| is_new(point)));
-        Ok(mounts)
+        mounts.extend(live.iter().filter(|(point, _)| is_new(point)).cloned());
+        mounts
     }
 }
 
 /// The request for a dump.
-fn prepare(job: &Job<'_>, plan: &Plan) -> Result<Criu_req, DumpError> {
-    let Job { container, init, writer, options } = *job;
+fn prepare(job: &Job<'_>, plan: &Plan) -> Criu_req {
+    let Job { container, init, writer, options, mounts } = *job;
     let mut request = request(Criu_req_type::DUMP, LOG, options.log_level);
     let opts = request.opts.mut_or_insert_default();
     // It bounds the time that CRIU takes to stop the processes, and nothing else.
@@ -403,11 +402,11 @@ fn prepare(job: &Job<'_>, plan: &Plan) -> Result<Criu_req, DumpError> {
     opts.set_link_remap(true);
     opts.set_ghost_limit(options.ghost_limit);
     opts.set_freeze_cgroup(container.cgroup.path().to_string_lossy().into_owned());
-    opts.ext_mnt = ext_mounts(plan.external_mounts(container, init)?);
+    opts.ext_mnt = ext_mounts(plan.external_mounts(mounts));
     if let Some(network) = plan.network {
         opts.external.push(format!("net[{network}]:{NETWORK_KEY}"));
     }
-    Ok(request)
+    request
 }
 
 /// Sees to it that nothing is left in a cgroup whose processes were dumped.

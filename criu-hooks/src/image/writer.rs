@@ -138,8 +138,8 @@ impl ImageWriter {
         *self.generation.state() == State::Complete
     }
 
-    /// Describes what CRIU wrote in the manifest, and puts it on the disk: from here on the image is one. Takes time in
-    /// proportion to the files, memory pages apart.
+    /// Describes what CRIU wrote in the manifest: from here on the image is one. Takes time in proportion to the files,
+    /// memory pages apart.
     ///
     /// # Errors
     /// When a file cannot be read, or the manifest cannot be written; the image then stays incomplete.
@@ -270,18 +270,15 @@ impl Generation {
         let mode = Mode::RUSR | Mode::WUSR;
         let mut file = File::from(rustix::fs::openat(&self.directory, UNFINISHED, flags, mode)?);
         file.write_all(&serde_json::to_vec(manifest)?)?;
-        file.sync_all()?;
+        // Neither the manifest nor its name waits for the disk, as CRIU's files do not: an image is of use only in the boot
+        // that made it, and to that one all of it is there at once. The agent stands still meanwhile, and a disk takes
+        // as long for this as CRIU for a small dump.
         let mut state = self.state();
         if *state == State::Revoked {
             let _ = rustix::fs::unlinkat(&self.directory, UNFINISHED, AtFlags::empty());
             return Err(std::io::Error::other("the image was revoked"));
         }
         rustix::fs::renameat(&self.directory, UNFINISHED, &self.directory, MANIFEST)?;
-        if let Err(error) = rustix::fs::fsync(&self.directory) {
-            // The manifest may be on the disk or not: it must not be.
-            let _ = rustix::fs::unlinkat(&self.directory, MANIFEST, AtFlags::empty());
-            return Err(error.into());
-        }
         *state = State::Complete;
         Ok(())
     }
