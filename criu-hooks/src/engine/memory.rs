@@ -103,7 +103,8 @@ fn candidates<'a>(mounts: &'a [Mount], external: &HashSet<String>) -> Vec<&'a Mo
         let twice = mounts.iter().filter(|other| other.mount_point == *point).count() > 1;
         twice
             || mount.unbindable
-            || point.to_str().is_none()
+            // CRIU is told of a mount as `mnt[POINT]:NAME`, and takes the first end that it finds.
+            || point.to_str().is_none_or(|point| point.contains("]:"))
             || point.as_os_str() == "/"
             || is_external(mount)
             || mount.root.to_string_lossy().ends_with("//deleted")
@@ -248,6 +249,7 @@ mod tests {
             ("511 500 0:64 /x//deleted /mnt rw - tmpfs shm rw\n", "/dev/shm"),
             ("511 500 0:64 /x /mnt rw unbindable - tmpfs shm rw\n", "/dev/shm"),
             ("511 500 0:70 / /a\\377 rw - tmpfs tmpfs rw\n", "/a\u{fffd}"),
+            ("511 500 0:70 / /dev/shm]:x rw - tmpfs tmpfs rw\n", "/dev/shm]:x"),
         ] {
             let found = points(&format!("{USUAL}{line}"), &["/etc/hosts"]);
             assert!(!found.contains(&gone.to_owned()), "{line}: {found:?}");

@@ -262,6 +262,41 @@ mount('tmpfs', '/mnt', 'tmpfs', 0, b'size=0'); open('/mnt/unlimited', 'w').write
     agent.delete();
 });
 
+on_a_node!(mounts_that_share_or_are_read_only_in_one_place_are_so_again, async || {
+    let prepare = "
+for path in ['/srv/shared', '/srv/slave', '/srv/locked', '/srv/dev]:memory-0', '/srv/dev']:
+    os.makedirs(path)
+mount('tmpfs', '/srv/shared', 'tmpfs', 0, b'size=1m')
+mount('none', '/srv/shared', '', 1 << 20)
+mount('/srv/shared', '/srv/slave', '', 4096)
+mount('none', '/srv/slave', '', 1 << 19)
+mount('/srv/shared', '/srv/locked', '', 4096)
+mount('none', '/srv/locked', '', 1 << 18)
+mount('none', '/srv/locked', '', 4096 | 32 | 1)
+open('/srv/shared/file', 'w').write('here')
+mount('tmpfs', '/srv/dev', 'tmpfs', 0, b'size=1m'); open('/srv/dev/name', 'w').write('dev')
+mount('tmpfs', '/srv/dev]:memory-0', 'tmpfs', 0, b'size=1m'); open('/srv/dev]:memory-0/name', 'w').write('odd')
+";
+    let check = "open('/srv/slave/file').read() == 'here' and os.statvfs('/srv/locked').f_flag & 1 \
+                 and not os.statvfs('/srv/shared').f_flag & 1 and open('/srv/dev/name').read() == 'dev' \
+                 and open('/srv/dev]:memory-0/name').read() == 'odd'";
+    let mut agent = python("sharing", prepare, check).await;
+    let mut last = agent.count_on(5, 1).await;
+    let strip = |table: Vec<String>| -> Vec<String> {
+        table.into_iter().filter(|line| !line.contains("memory-0")).collect()
+    };
+    let mounts = strip(mount_table(&agent));
+    assert!(mounts.iter().any(|line| line.contains("/srv/slave") && line.contains("master")), "{mounts:?}");
+    for _ in 0..3 {
+        assert_fast(&agent.dump().await.unwrap());
+        agent.restore().await.unwrap();
+        agent.image().remove().unwrap();
+        assert_eq!(strip(mount_table(&agent)), mounts);
+        last = agent.count_on(last, 5).await;
+    }
+    agent.delete();
+});
+
 on_a_node!(a_process_with_mounts_of_its_own_keeps_them, async || {
     // The same place, another file system: the one must not stand in for the other.
     let prepare = "

@@ -124,7 +124,11 @@ on_a_node!(a_sandbox_s_namespaces_are_joined_again, async || {
     let mut last = agent.count_on(0, 5).await;
     for _ in 0..3 {
         let dumped = agent.dump().await.unwrap();
-        assert!(dumped.kept.network.is_none(), "the sandbox keeps it");
+        assert_eq!(dumped.mode, image::Mode::PodNamespaces);
+        // agent.kept has what the sandbox does not keep.
+        let kept = &agent.kept;
+        assert!(kept.network.is_none() && kept.ipc.is_none() && kept.uts.is_none(), "the sandbox keeps them");
+        assert!(kept.cgroup.is_some());
         agent.restore().await.unwrap();
         for name in ["net", "ipc", "uts"] {
             let (ours, theirs) = (procfs::namespace(agent.pid, name), procfs::namespace(holder, name));
