@@ -1,4 +1,4 @@
-//! The node harness: a whole container node (containerd, runc, CRIU) in namespaces of its own, for tests and the demo.
+//! The node harness: a whole container node (containerd, runc, CRIU) in namespaces of its own, for tests, the demo and the benchmark.
 //!
 //! ```no_run
 //! use agentcube_tests::images::Image;
@@ -17,6 +17,7 @@ pub mod cache;
 pub mod cgroup;
 pub mod host;
 pub mod images;
+pub mod memory;
 pub mod node;
 pub mod old_runc;
 pub mod rootfs;

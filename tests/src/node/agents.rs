@@ -157,12 +157,12 @@ impl AgentSpec {
     }
 
     /// The file on the node where a detached agent's output goes.
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         format!("/var/log/agents/{}-{}.log", self.namespace, self.id)
     }
 
     /// The arguments of `ctr` that start the agent on a node whose cgroups have a CPU controller or have none.
-    fn command_line(&self, detached: bool, cpu_controller: bool) -> Vec<String> {
+    pub fn command_line(&self, detached: bool, cpu_controller: bool) -> Vec<String> {
         let mut words: Vec<String> =
             ["ctr", "--namespace", &self.namespace, "run", "--runtime", self.runtime.name()]
                 .map(str::to_owned)

@@ -8,12 +8,13 @@ use std::{
 use agentcube_control::{Client, Container, Depth, State, Timeouts, Transition, socket};
 use agentcube_tests::{
     images::Image,
+    memory::{self, Memory},
     node::{Agent, AgentSpec, Leftovers, Node, NodeOptions, Runtime},
 };
 use anyhow::{Context as _, Result, anyhow, ensure};
 
 use crate::{
-    measure::{self, Memory, Spread},
+    measure::Spread,
     voice::{self, Voice, size, time},
 };
 
@@ -190,8 +191,8 @@ impl Demo<'_> {
         voice.chapter("It falls asleep");
         let digest = agent.digest()?;
         let cgroup = self.cgroup();
-        let processes = measure::processes(&cgroup)?;
-        let before = measure::pss(&cgroup)?;
+        let processes = memory::processes(&cgroup)?;
+        let before = memory::pss(&cgroup)?;
         voice.claim(
             before >= self.ballast() && before < self.ballast() + (64 << 20),
             &format!("awake it holds {} (proportional set size of its processes)", size(before)),
@@ -200,8 +201,8 @@ impl Demo<'_> {
         self.agentcube(voice, &["sleep", NAME])?;
 
         let gone = processes.iter().all(|pid| !PathBuf::from(format!("/proc/{pid}")).exists());
-        voice.claim(gone && measure::processes(&cgroup)?.is_empty(), "its processes are gone")?;
-        let after = measure::pss(&cgroup)?;
+        voice.claim(gone && memory::processes(&cgroup)?.is_empty(), "its processes are gone")?;
+        let after = memory::pss(&cgroup)?;
         voice.claim(
             after < SMALL,
             &format!("its memory is given back: {} before, {} now", size(before), size(after)),
@@ -315,7 +316,7 @@ impl Demo<'_> {
         let pid = self.node.exec(&["pgrep", "-f", "containerd-shim-runc-v2 .*-id reference"])?.check()?;
         let reference =
             self.memory_of(pid.trim().parse().context("the pid of containerd's shim for runc")?)?;
-        let held = measure::pss(&self.node.cgroup("/default/reference"))?;
+        let held = memory::pss(&self.node.cgroup("/default/reference"))?;
         agent.delete()?;
         let table = [
             ("agentcube, the agent asleep", asleep),

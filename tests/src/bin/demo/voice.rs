@@ -8,7 +8,9 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::measure::{Memory, Spread};
+use agentcube_tests::memory::Memory;
+
+use crate::measure::Spread;
 
 const WIDTH: usize = 100;
 const INDENT: usize = 3;

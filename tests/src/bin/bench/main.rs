@@ -1,0 +1,90 @@
+//! The benchmark: how fast an agent falls asleep and wakes, against what one would do without this project.
+//!
+//! It starts a node, runs itself there ([`inside`]), and makes a report of what that has measured.
+
+mod goals;
+mod inside;
+mod outside;
+mod plan;
+mod plot;
+mod readme;
+mod record;
+mod report;
+mod results;
+mod statistics;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::plan::Plan;
+
+/// Measures sleeps and wakes on a container node of its own.
+#[derive(Debug, Parser)]
+#[command(name = "bench", version)]
+struct Args {
+    /// How much is measured
+    #[arg(long, value_enum, default_value_t = Size::Full)]
+    plan: Size,
+
+    /// The folder for the report, the plots and the raw results; without it the report goes to the terminal alone
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+
+    /// A text whose part between the markers of the benchmark is replaced by the main figures
+    #[arg(long, value_name = "FILE", requires = "out")]
+    readme: Option<PathBuf>,
+
+    /// Makes the report again from raw results, without measuring
+    #[arg(long, value_name = "JSON", requires = "out")]
+    from: Option<PathBuf>,
+
+    /// Fails when a goal is missed
+    #[arg(long)]
+    check: bool,
+
+    #[command(subcommand)]
+    inside: Option<Inside>,
+}
+
+/// How much is measured.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Size {
+    /// All that the report shows, in about twenty minutes
+    Full,
+    /// What the goals need, in less than three minutes
+    Quick,
+    /// One cycle of everything: whether the benchmark itself works
+    Tiny,
+}
+
+#[derive(Debug, Subcommand)]
+enum Inside {
+    #[command(hide = true)]
+    Inside { plan: String },
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = match args.inside {
+        Some(Inside::Inside { plan }) => inside::run(&plan).map(|()| true),
+        None => {
+            let plan = match args.plan {
+                Size::Full => Plan::full(),
+                Size::Quick => Plan::quick(),
+                Size::Tiny => Plan::tiny(),
+            };
+            let report = outside::Report { out: args.out, readme: args.readme, from: args.from };
+            outside::run(plan, &report).map(|verdict| verdict.complete && (verdict.held || !args.check))
+        }
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! What is measured, in which order, how often and for how long at most.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// What an agent is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Workload {
+    /// A shell that counts in memory, and a netcat that answers for it.
+    Busybox,
+    /// An HTTP server in Python that holds this many MiB of random bytes.
+    Python(u32),
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Busybox => f.write_str("busybox"),
+            Self::Python(mib) => write!(f, "python {mib} MiB"),
+        }
+    }
+}
+
+/// What puts the agent to sleep and wakes it, or starts it anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Subject {
+    /// This project's shim under containerd.
+    Agentcube,
+    /// `runc checkpoint` and `runc restore`.
+    Runc,
+    /// `crun checkpoint` and `crun restore`.
+    Crun,
+    /// A new container of the same image, by containerd and its own shim for runc.
+    ColdStart,
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Agentcube => "agentcube",
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+            Self::ColdStart => "cold start",
+        })
+    }
+}
+
+/// Where the image is when the agent is woken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cache {
+    /// In the page cache, where the sleep has left it.
+    Warm,
+    /// On disk alone: synced and dropped from the page cache.
+    Cold,
+}
+
+/// Sleeps and wakes of one workload, one at a time, each subject in turn.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cycles {
+    /// The agent.
+    pub workload: Workload,
+    /// Where its image is.
+    pub cache: Cache,
+    /// Who sleeps and wakes; each has an agent of its own.
+    pub subjects: Vec<Subject>,
+    /// Counted cycles of each; one more before them is not counted.
+    pub cycles: u32,
+    /// Cold starts among them.
+    pub cold_starts: u32,
+    /// After this time no further cycle begins, in seconds.
+    pub seconds: u64,
+}
+
+/// Wakes of several sleeping agents at the same moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AtOnce {
+    /// The agents.
+    pub workload: Workload,
+    /// Whose.
+    pub subjects: Vec<Subject>,
+    /// How many at once, and how many rounds of that.
+    pub rounds: Vec<(u32, u32)>,
+    /// After this time no further round begins, in seconds.
+    pub seconds: u64,
+}
+
+/// The memory of shims with this many agents, awake and asleep.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shims {
+    /// How many agents, in rising order.
+    pub agents: Vec<u32>,
+}
+
+/// A part of the run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Section {
+    /// See [`Cycles`].
+    Cycles(Cycles),
+    /// See [`AtOnce`].
+    AtOnce(AtOnce),
+    /// See [`Shims`].
+    Shims(Shims),
+}
+
+impl fmt::Display for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cycles(cycles) => {
+                let cache = if cycles.cache == Cache::Cold { ", image not in the page cache" } else { "" };
+                write!(f, "{}: {} cycles{cache}", cycles.workload, cycles.cycles)
+            }
+            Self::AtOnce(at_once) => {
+                let most = at_once.rounds.iter().map(|(agents, _)| agents).max();
+                write!(f, "{}: up to {} at once", at_once.workload, most.unwrap_or(&0))
+            }
+            Self::Shims(shims) => {
+                write!(f, "memory of shims: up to {} agents", shims.agents.iter().max().unwrap_or(&0))
+            }
+        }
+    }
+}
+
+/// The whole run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Its name, such as `full`.
+    pub name: String,
+    /// Whether the node's cgroups have a CPU controller, which `ctr` must know.
+    pub cpu_controller: bool,
+    /// The parts in their order: what matters most comes first.
+    pub sections: Vec<Section>,
+}
+
+/// Whether what the goals need is in a plan's reach matters more than the order in which people would read it.
+impl Plan {
+    /// All that the report shows, in about twenty minutes on two cores.
+    pub fn full() -> Self {
+        let all = vec![Subject::Agentcube, Subject::Runc, Subject::Crun, Subject::ColdStart];
+        let cycles = |workload, cache, cycles, cold_starts, seconds| {
+            Section::Cycles(Cycles { workload, cache, subjects: all.clone(), cycles, cold_starts, seconds })
+        };
+        let python = Workload::Python;
+        let mut sections = vec![
+            cycles(python(64), Cache::Warm, 30, 20, 90),
+            cycles(python(1024), Cache::Warm, 20, 5, 330),
+            cycles(python(256), Cache::Warm, 20, 10, 120),
+            cycles(python(16), Cache::Warm, 25, 20, 60),
+            cycles(Workload::Busybox, Cache::Warm, 25, 20, 60),
+            Section::Shims(Shims { agents: vec![1, 10, 100] }),
+            Section::AtOnce(AtOnce {
+                workload: python(16),
+                subjects: vec![Subject::Agentcube, Subject::Runc],
+                rounds: vec![(1, 5), (10, 3), (50, 2)],
+                seconds: 150,
+            }),
+        ];
+        for (mib, count, seconds) in [(64, 20, 60), (256, 10, 90), (16, 20, 60), (1024, 5, 120)] {
+            sections.push(Section::Cycles(Cycles {
+                workload: python(mib),
+                cache: Cache::Cold,
+                // A cold start reads the program and not the memory: it has no part in this.
+                subjects: vec![Subject::Agentcube, Subject::Runc, Subject::Crun],
+                cycles: count,
+                cold_starts: 0,
+                seconds,
+            }));
+        }
+        Self { name: "full".into(), cpu_controller: false, sections }
+    }
+
+    /// What the goals need and no more, in less than three minutes.
+    pub fn quick() -> Self {
+        let cycles = |mib, cycles, seconds| {
+            Section::Cycles(Cycles {
+                workload: Workload::Python(mib),
+                cache: Cache::Warm,
+                subjects: vec![Subject::Agentcube, Subject::Runc, Subject::ColdStart],
+                cycles,
+                cold_starts: 1,
+                seconds,
+            })
+        };
+        Self {
+            name: "quick".into(),
+            cpu_controller: false,
+            sections: vec![
+                cycles(64, 10, 30),
+                cycles(1024, 4, 50),
+                cycles(256, 5, 30),
+                Section::Shims(Shims { agents: vec![10] }),
+            ],
+        }
+    }
+
+    /// One cycle of everything with small agents: whether the benchmark itself works.
+    pub fn tiny() -> Self {
+        let all = vec![Subject::Agentcube, Subject::Runc, Subject::Crun, Subject::ColdStart];
+        let cycles = |workload, cache| {
+            let subjects = all.clone();
+            Section::Cycles(Cycles { workload, cache, subjects, cycles: 1, cold_starts: 1, seconds: 20 })
+        };
+        let python = Workload::Python(16);
+        Self {
+            name: "tiny".into(),
+            cpu_controller: false,
+            sections: vec![
+                cycles(python, Cache::Warm),
+                cycles(python, Cache::Cold),
+                cycles(Workload::Busybox, Cache::Warm),
+                Section::AtOnce(AtOnce {
+                    workload: python,
+                    subjects: vec![Subject::Agentcube, Subject::Runc],
+                    rounds: vec![(2, 1)],
+                    seconds: 10,
+                }),
+                Section::Shims(Shims { agents: vec![1, 2] }),
+            ],
+        }
+    }
+
+    /// The longest that the cycles and rounds may take, in seconds; starting and deleting agents comes on top.
+    pub fn seconds(&self) -> u64 {
+        let seconds = |section: &Section| match section {
+            Section::Cycles(cycles) => cycles.seconds,
+            Section::AtOnce(at_once) => at_once.seconds,
+            Section::Shims(shims) => u64::from(*shims.agents.iter().max().unwrap_or(&0)),
+        };
+        self.sections.iter().map(seconds).sum()
+    }
+}
+
+/// `items` beginning with another one at each turn, so that what comes first is not always the same.
+pub fn rotated<T: Copy>(items: &[T], turn: usize) -> Vec<T> {
+    let mut rotated = items.to_vec();
+    if !items.is_empty() {
+        rotated.rotate_left(turn % items.len());
+    }
+    rotated
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_subject_comes_first_as_often_as_the_others() {
+        let subjects = [1, 2, 3];
+        let first: Vec<_> = (0..6).map(|turn| rotated(&subjects, turn)[0]).collect();
+        assert_eq!(first, [1, 2, 3, 1, 2, 3]);
+        assert_eq!(rotated(&subjects, 4), [2, 3, 1]);
+        assert!(rotated::<u8>(&[], 3).is_empty());
+    }
+
+    #[test]
+    fn plans_are_bounded_and_survive_being_written_down() {
+        assert!(Plan::full().seconds() <= 20 * 60, "{}", Plan::full().seconds());
+        assert!(Plan::quick().seconds() <= 150, "{}", Plan::quick().seconds());
+        for plan in [Plan::full(), Plan::quick(), Plan::tiny()] {
+            let text = serde_json::to_string(&plan).unwrap();
+            assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+        }
+    }
+
+    #[test]
+    fn the_full_plan_has_every_size_warm_and_cold_at_least_twenty_times_when_warm() {
+        let plan = Plan::full();
+        for workload in [16, 64, 256, 1024].map(Workload::Python) {
+            for cache in [Cache::Warm, Cache::Cold] {
+                let found = plan.sections.iter().find_map(|section| match section {
+                    Section::Cycles(cycles) if cycles.workload == workload && cycles.cache == cache => Some(cycles),
+                    _ => None,
+                });
+                assert!(found.is_some_and(|cycles| cache == Cache::Cold || cycles.cycles >= 20), "{workload}");
+            }
+        }
+    }
+}

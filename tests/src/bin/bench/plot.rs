@@ -1,0 +1,173 @@
+//! Plots of the results, as SVG on a background of their own, so that they can be read on light and dark pages.
+
+use anyhow::{Result, anyhow};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+use crate::plan::{Cache, Subject, Workload};
+use crate::record::Cycle;
+use crate::results::Results;
+
+const SIZE: (u32, u32) = (860, 480);
+const FONT: &str = "sans-serif";
+
+/// A plot of times over the memory of agents, one line for each subject.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plot {
+    /// The name of its file.
+    pub file: &'static str,
+    title: &'static str,
+    lines: Vec<Line>,
+}
+
+/// One subject's medians.
+#[derive(Debug, Clone, PartialEq)]
+struct Line {
+    subject: Subject,
+    /// MiB, and milliseconds: the median, the smallest and the 95th percentile.
+    points: Vec<(f64, [f64; 3])>,
+}
+
+/// All plots of a run.
+pub fn all(results: &Results) -> Vec<Plot> {
+    let plot = |file, title, figure: fn(&Cycle) -> Option<u64>| {
+        let subjects = [Subject::Agentcube, Subject::Runc, Subject::Crun, Subject::ColdStart];
+        let lines = subjects.map(|subject| Line::of(results, subject, figure));
+        Plot { file, title, lines: lines.into_iter().filter(|line| !line.points.is_empty()).collect() }
+    };
+    vec![
+        plot("wake.svg", "From asking for a wake to the first byte of the answer", |cycle| Some(cycle.first_byte_us)),
+        plot("resident.svg", "From asking for a wake until all memory is back", |cycle| cycle.resident_us),
+        plot("sleep.svg", "Falling asleep", |cycle| Some(cycle.sleep.as_ref()?.total_us)),
+    ]
+    .into_iter()
+    .filter(|plot| !plot.lines.is_empty())
+    .collect()
+}
+
+impl Line {
+    fn of(results: &Results, subject: Subject, figure: fn(&Cycle) -> Option<u64>) -> Self {
+        #[allow(clippy::cast_precision_loss)] // Times of less than 2^53 µs.
+        let ms = |us: u64| us as f64 / 1000.0;
+        let point = |workload| {
+            let Workload::Python(mib) = workload else { return None };
+            let summary = results.summary(workload, Cache::Warm, subject, figure)?;
+            Some((f64::from(mib), [summary.p50, summary.min, summary.p95].map(ms)))
+        };
+        Self { subject, points: results.workloads(Cache::Warm).into_iter().filter_map(point).collect() }
+    }
+
+    fn colour(&self) -> RGBColor {
+        // Told apart by people who see no red or no green, too.
+        match self.subject {
+            Subject::Agentcube => RGBColor(0, 114, 178),
+            Subject::Runc => RGBColor(213, 94, 0),
+            Subject::Crun => RGBColor(0, 158, 115),
+            Subject::ColdStart => RGBColor(120, 120, 120),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self.subject {
+            Subject::Agentcube => "agentcube",
+            Subject::Runc => "runc checkpoint, restore",
+            Subject::Crun => "crun checkpoint, restore",
+            Subject::ColdStart => "cold start (containerd, runc)",
+        }
+    }
+}
+
+impl Plot {
+    /// Draws it.
+    ///
+    /// # Errors
+    /// When the library can't.
+    pub fn svg(&self) -> Result<String> {
+        let mut text = String::new();
+        {
+            let area = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
+            self.draw(&area).map_err(|error| anyhow!("drawing {}: {error}", self.file))?;
+        }
+        text.push('\n');
+        Ok(text)
+    }
+
+    fn draw(&self, area: &DrawingArea<SVGBackend<'_>, Shift>) -> Result<(), Box<dyn std::error::Error>> {
+        let points = || self.lines.iter().flat_map(|line| &line.points);
+        let times = || points().flat_map(|(_, times)| times.iter().copied());
+        let sizes: Vec<f64> = points().map(|(mib, _)| *mib).collect();
+        let bounds = |values: &mut dyn Iterator<Item = f64>| {
+            values.fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)))
+        };
+        let (smallest, largest) = bounds(&mut sizes.into_iter());
+        let (fastest, slowest) = bounds(&mut times());
+        area.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(area)
+            .caption(self.title, (FONT, 20))
+            .margin(14)
+            .x_label_area_size(46)
+            .y_label_area_size(66)
+            .build_cartesian_2d(
+                (smallest / 1.4..largest * 1.4).log_scale(),
+                (fastest / 1.6..slowest * 2.0).log_scale(),
+            )?;
+        chart
+            .configure_mesh()
+            .x_desc("memory of the agent, MiB (logarithmic)")
+            .y_desc("milliseconds (logarithmic): median, smallest to p95")
+            .axis_desc_style((FONT, 14))
+            .label_style((FONT, 13))
+            .bold_line_style(RGBColor(205, 205, 205))
+            .light_line_style(RGBColor(238, 238, 238))
+            .x_label_formatter(&|mib| format!("{mib}"))
+            .y_label_formatter(&|ms| format!("{ms}"))
+            .draw()?;
+        for line in &self.lines {
+            let colour = line.colour();
+            let medians = line.points.iter().map(|(mib, [median, ..])| (*mib, *median));
+            chart
+                .draw_series(LineSeries::new(medians.clone(), colour.stroke_width(3)))?
+                .label(line.name())
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3)));
+            chart.draw_series(medians.map(|point| Circle::new(point, 5, colour.filled())))?;
+            let spreads = line.points.iter().map(|(mib, [_, low, high])| [(*mib, *low), (*mib, *high)]);
+            chart.draw_series(spreads.map(|ends| PathElement::new(ends, colour.stroke_width(1))))?;
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperLeft)
+            .legend_area_size(30)
+            .background_style(WHITE)
+            .border_style(RGBColor(160, 160, 160))
+            .label_font((FONT, 14))
+            .draw()?;
+        area.present()?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::results::tests::results;
+
+    #[test]
+    fn a_plot_has_its_background_its_units_and_a_name_for_each_line() {
+        let plots = all(&results());
+        assert_eq!(plots.iter().map(|plot| plot.file).collect::<Vec<_>>(), ["wake.svg", "resident.svg", "sleep.svg"]);
+        let svg = plots[0].svg().unwrap();
+        assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
+        for part in ["MiB (logarithmic)", "milliseconds", "agentcube", "runc checkpoint", "cold start", "#FFFFFF"] {
+            assert!(svg.contains(part), "{part} is not in the plot");
+        }
+        assert!(!svg.contains("crun"));
+    }
+
+    #[test]
+    fn what_was_not_measured_has_no_plot() {
+        let mut empty = results();
+        empty.records.clear();
+        assert!(all(&empty).is_empty());
+    }
+}

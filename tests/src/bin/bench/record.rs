@@ -1,0 +1,113 @@
+//! What a run brings: one record for each measurement, and a description of the machine. Times are microseconds, sizes
+//! bytes.
+
+use agentcube_tests::memory::Memory;
+use serde::{Deserialize, Serialize};
+
+use crate::plan::{Cache, Subject, Workload};
+
+/// One sleep and the wake after it, or a cold start.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Cycle {
+    /// The agent.
+    pub workload: Workload,
+    /// Where the image was.
+    pub cache: Cache,
+    /// Who did it.
+    pub subject: Subject,
+    /// The sleep; a cold start has none.
+    pub sleep: Option<Sleep>,
+    /// From asking until the call or command came back.
+    pub wake_us: u64,
+    /// From asking until the first byte of the answer over HTTP.
+    pub first_byte_us: u64,
+    /// From asking until the agent had answered and all of its memory was back; nothing when that took too long.
+    pub resident_us: Option<u64>,
+    /// CPU time of the whole node from asking until all of that.
+    pub wake_cpu_us: u64,
+}
+
+/// A sleep.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sleep {
+    /// From asking until it slept.
+    pub total_us: u64,
+    /// How long the agent stood still before it was gone, where that is told.
+    pub stopped_us: Option<u64>,
+    /// CPU time of the whole node meanwhile.
+    pub cpu_us: u64,
+    /// Bytes on disk.
+    pub image_bytes: u64,
+    /// The share of the image that was in the page cache just before the wake, by samples.
+    pub cached: Option<f64>,
+}
+
+/// Wakes at the same moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AtOnce {
+    /// The agents.
+    pub workload: Workload,
+    /// Who did it.
+    pub subject: Subject,
+    /// For each agent, from asking until the first byte of its answer.
+    pub first_byte_us: Vec<u64>,
+    /// From asking until the last one had answered.
+    pub wall_us: u64,
+}
+
+/// The memory of shims.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shims {
+    /// Whose: this project's, or containerd's for runc.
+    pub subject: Subject,
+    /// Whether their agents slept.
+    pub asleep: bool,
+    /// Each shim.
+    pub shims: Vec<Memory>,
+}
+
+/// Something that was to be measured and could not be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Who failed.
+    pub subject: Subject,
+    /// In which part of the run.
+    pub section: String,
+    /// Why.
+    pub why: String,
+}
+
+/// The machine and the programs on the node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// The processor's name.
+    pub cpu: String,
+    /// How many the node has.
+    pub cores: usize,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// The kernel's release.
+    pub kernel: String,
+    /// The file system of the images and the device below it.
+    pub disk: String,
+    /// Names and versions of programs.
+    pub programs: Vec<(String, String)>,
+}
+
+/// A line of the results.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Record {
+    /// See [`Machine`].
+    Machine(Machine),
+    /// See [`Cycle`].
+    Cycle(Cycle),
+    /// See [`AtOnce`].
+    AtOnce(AtOnce),
+    /// See [`Shims`].
+    Shims(Shims),
+    /// See [`Failure`].
+    Failure(Failure),
+    /// The run has come to its end.
+    Done,
+}

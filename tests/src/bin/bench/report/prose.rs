@@ -1,0 +1,91 @@
+//! The text around the tables: what ran on what, and what each figure covers.
+
+use std::fmt::Write as _;
+
+use super::size;
+use crate::results::Results;
+
+pub const WAKING: &str = "\
+The image is in the page cache, where the sleep before has left it. `first byte` is from asking for the wake to the first byte of the \
+answer over HTTP; `call` until the call (agentcube) or the command (runc, crun, ctr) came back; `resident` until the agent had answered \
+and held 99 % of the anonymous memory that it held before; `CPU` is what the whole node used from asking until all of that. A cold \
+start begins with `ctr run` and has to fill its memory again.";
+
+pub const SLEEPING: &str = "\
+`total` is from asking until the agent slept: for agentcube as its shim reports it, for runc and crun from the start of the command to \
+its end. `stands still` is the part of it from the freeze until the processes were gone, which the commands do not tell. `on disk` \
+counts the blocks that the image's files occupy.";
+
+pub const COLD: &str = "\
+Before each wake the image's files are synced and dropped from the page cache; that they are gone is verified by samples. What lies \
+below (the disk's own cache, that of a virtual machine's host) and the programs (CRIU, the runtime) are left as they are.";
+
+pub const AT_ONCE: &str = "\
+All agents sleep; then each is woken by a thread of its own, all at the same moment. `all of them` is until the last one had answered.";
+
+pub const SHIMS: &str = "\
+The mean of one shim, with busybox agents, after a sleep and a wake of each for agentcube. A page that several processes map counts in part for \
+each in PSS.";
+
+pub const TAIL: &str = "\
+## What is compared
+
+Every subject runs the same agents, with the OCI specification that containerd makes, on the same node, with images on the same file \
+system, in network namespaces of their own that exist beforehand. One cycle of each subject follows another, and the order changes \
+with each turn, so that what else happens on the machine meets all alike. One cycle of each before the first one is not counted.
+
+- **agentcube**: containerd with this project's shim. The benchmark asks on the shim's control socket, as the node agent would, over \
+a connection that exists. Taking the image away after a wake is part of the shim's work.
+- **runc**, **crun**: `checkpoint` and `restore --detach` with `--image-path` and `--work-path`, with the same CRIU and a bundle made once; its root \
+file system is an overlay as containerd's. Logs and bundles are in memory. The image is removed after the wake, off the clock.
+- **cold start**: `ctr run --detach` with containerd's shim for runc, and a network namespace that is there already.
+
+`python N MiB` is an HTTP server that remembers a conversation and holds N MiB of random bytes. `busybox` is a shell that counts in \
+memory, and a netcat with the next number for whoever asks.
+
+After every wake the first answer must have the right number of turns, and a SHA-256 over all that a Python agent holds must be the \
+one from before the sleep; then the agent is told something new. A cycle in which that does not hold counts as a failure, not as a \
+figure, and ends the run with an error.
+
+- The first byte is asked for over a new connection, again 0.2 ms after each refusal (with N agents at once: N times that), beginning with the wake. An \
+attempt to connect is given up after 2 ms, because CRIU under runc drops packets for a while, and the kernel's own next attempt would come a second later.
+- Memory is looked at every millisecond in `/proc/PID/statm`: resident without shared pages, because those of files come back when \
+they are used, whoever restores them. Asking and looking take some hundredths of one CPU, from all subjects alike.
+- CPU time is that of the node's cgroup (containerd, shims, CRIU, runc, agents) without the benchmark's own.
+- Percentiles are the nearest rank, thus always a time that was measured; with n below 100, p99 is the largest.
+
+## Again
+
+`make bench` runs all of this (about twenty minutes on two cores) and writes this page, the plots and `results.json`, which has every \
+single measurement. `make bench-quick` takes less than three minutes, writes nothing, and fails when a goal is missed.
+";
+
+/// The title, what ran on what, and the plots.
+pub fn head(results: &Results) -> String {
+    let machine = results.machine();
+    let mut text = String::from("# How long agents take to fall asleep and wake\n\n");
+    let programs: Vec<String> =
+        machine.programs.iter().map(|(name, version)| format!("{name} {version}")).collect();
+    // Writing to a string can't fail.
+    let _ = write!(
+        text,
+        "{}, commit {}, {} build. {}, {} cores, {} of memory, Linux {}, {}; {}.\n\n",
+        results.date,
+        results.commit,
+        results.build,
+        machine.cpu,
+        machine.cores,
+        size(machine.memory),
+        machine.kernel,
+        machine.disk,
+        programs.join(", ")
+    );
+    for (file, title) in [
+        ("wake.svg", "From asking for a wake to the first byte of the answer"),
+        ("resident.svg", "From asking for a wake until all memory is back"),
+        ("sleep.svg", "Falling asleep"),
+    ] {
+        let _ = write!(text, "![{title}, by memory of the agent]({file})\n\n");
+    }
+    text
+}
