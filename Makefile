@@ -9,18 +9,20 @@ BUILD = cargo build --workspace --locked $(FLAGS)
 FLAGS = --all-targets
 OUTPUT = $(TARGET)/debug
 
-# The demo shows what a user would install; tests run what builds fastest.
-demo build install: FLAGS = --release
-demo build install: OUTPUT = $(TARGET)/release
+# The demo and the benchmark show what a user would install; tests run what builds fastest.
+demo bench bench-quick build install: FLAGS = --release
+demo bench bench-quick build install: OUTPUT = $(TARGET)/release
 
 PROGRAMS = containerd-shim-agentcube-v1 agentcube
 
-.PHONY: help packages setup build demo test install clean
+.PHONY: help packages setup build demo bench bench-quick test install clean
 
 help:
 	@echo "make setup    packages that this machine lacks, and the test node's root file system (once; a minute)"
 	@echo "make build    the release binaries, in $(TARGET)/release"
 	@echo "make demo     an agent falls asleep and wakes, on a container node of its own"
+	@echo "make bench    times against runc, crun and cold starts, into docs/benchmarks and README (20 minutes)"
+	@echo "make bench-quick  whether the goals hold, by a short run that writes nothing (3 minutes)"
 	@echo "make test     format, lints, unit tests, then the behaviour suite on such a node"
 	@echo "make install  the binaries into \$$(DESTDIR)\$$(PREFIX)/bin; PREFIX is $(PREFIX)"
 	@echo "make clean    what was built; the node's files in the user's cache folder stay"
@@ -56,6 +58,12 @@ build: packages
 
 demo: setup
 	@$(OUTPUT)/demo
+
+bench: setup
+	@$(OUTPUT)/bench --out docs/benchmarks --readme README.md
+
+bench-quick: setup
+	@$(OUTPUT)/bench --plan quick --check
 
 test: setup
 	cargo fmt --all --check

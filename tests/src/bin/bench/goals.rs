@@ -52,12 +52,12 @@ pub fn of(results: &Results) -> Vec<Goal> {
         results.summary(Workload::Python(mib), Cache::Warm, subject, figure).map(|summary| summary.p50)
     };
     let first_byte: fn(&Cycle) -> Option<u64> = |cycle| Some(cycle.first_byte_us);
-    let resident: fn(&Cycle) -> Option<u64> = |cycle| cycle.resident_us;
+    let resident: fn(&Cycle) -> Option<u64> = |cycle| Some(cycle.resident_us());
     let slept: fn(&Cycle) -> Option<u64> = |cycle| cycle.sleep.as_ref().map(|sleep| sleep.total_us);
     let (ours, runc) = (Subject::Agentcube, Subject::Runc);
     let of_times = |what, limit, first, second| goal(what, limit, first, second, crate::report::time);
     // The largest number of agents for which both shims were measured is the one that a node is about.
-    let agents = results.shims().map(|shims| shims.shims.len()).max().unwrap_or(0);
+    let agents = results.shims().map(|shims| shims.memory.len()).max().unwrap_or(0);
     let pss = |subject, asleep| results.mean_of_shims(subject, asleep, agents, |shim| shim.pss);
     vec![
         of_times(

@@ -44,6 +44,10 @@ struct Args {
     #[arg(long)]
     check: bool,
 
+    /// At most so many cycles of everything, for a first look
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    cycles: Option<u32>,
+
     #[command(subcommand)]
     inside: Option<Inside>,
 }
@@ -75,6 +79,7 @@ fn main() -> ExitCode {
                 Size::Quick => Plan::quick(),
                 Size::Tiny => Plan::tiny(),
             };
+            let plan = if let Some(cycles) = args.cycles { plan.with_at_most(cycles) } else { plan };
             let report = outside::Report { out: args.out, readme: args.readme, from: args.from };
             outside::run(plan, &report).map(|verdict| verdict.complete && (verdict.held || !args.check))
         }

@@ -45,7 +45,8 @@ pub fn run(plan: Plan, report: &Report) -> Result<Verdict> {
     let results = match &report.from {
         Some(path) => {
             let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-            serde_json::from_str(&text).with_context(|| format!("{} is no result of a run", path.display()))?
+            serde_json::from_str(&text)
+                .with_context(|| format!("{} is no result of a run", path.display()))?
         }
         None => measure(plan)?,
     };
@@ -58,14 +59,12 @@ pub fn run(plan: Plan, report: &Report) -> Result<Verdict> {
     for goal in &goals {
         println!("{goal}");
     }
-    let failures: Vec<_> = results.failures().filter(|failure| failure.subject == Subject::Agentcube).collect();
+    let failures: Vec<_> =
+        results.failures().filter(|failure| failure.subject == Subject::Agentcube).collect();
     for failure in &failures {
         eprintln!("{} failed ({}): {}", failure.subject, failure.section, failure.why);
     }
-    Ok(Verdict {
-        complete: failures.is_empty() && results.done(),
-        held: goals.iter().all(Goal::held),
-    })
+    Ok(Verdict { complete: failures.is_empty() && results.done(), held: goals.iter().all(Goal::held) })
 }
 
 fn measure(mut plan: Plan) -> Result<Results> {
@@ -77,6 +76,11 @@ fn measure(mut plan: Plan) -> Result<Results> {
         node.import(image, "default")?;
     }
     plan.cpu_controller = node.has_controller("cpu");
+    eprintln!(
+        "Measuring takes at most {} minutes and what it takes to start and delete agents. Other work on this machine \
+         makes the figures worse.",
+        plan.seconds().div_ceil(60)
+    );
     let text = serde_json::to_string(&plan).context("the plan")?;
     let status = node.command([PROGRAM, "inside", &text]).run_here()?;
     let records = node.read_file(inside::RECORDS)?;
@@ -97,7 +101,8 @@ fn date() -> String {
 /// The commit of the source that was measured, as far as git knows it.
 fn commit() -> String {
     let git = |arguments: &[&str]| {
-        let output = Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
+        let output =
+            Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
         Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
     let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".into() };

@@ -36,8 +36,12 @@ pub fn all(results: &Results) -> Vec<Plot> {
         Plot { file, title, lines: lines.into_iter().filter(|line| !line.points.is_empty()).collect() }
     };
     vec![
-        plot("wake.svg", "From asking for a wake to the first byte of the answer", |cycle| Some(cycle.first_byte_us)),
-        plot("resident.svg", "From asking for a wake until all memory is back", |cycle| cycle.resident_us),
+        plot("wake.svg", "From asking for a wake to the first byte of the answer", |cycle| {
+            Some(cycle.first_byte_us)
+        }),
+        plot("resident.svg", "From asking for a wake until all memory is back", |cycle| {
+            Some(cycle.resident_us())
+        }),
         plot("sleep.svg", "Falling asleep", |cycle| Some(cycle.sleep.as_ref()?.total_us)),
     ]
     .into_iter()
@@ -95,11 +99,13 @@ impl Plot {
     fn draw(&self, area: &DrawingArea<SVGBackend<'_>, Shift>) -> Result<(), Box<dyn std::error::Error>> {
         let points = || self.lines.iter().flat_map(|line| &line.points);
         let times = || points().flat_map(|(_, times)| times.iter().copied());
-        let sizes: Vec<f64> = points().map(|(mib, _)| *mib).collect();
+        let mut sizes: Vec<f64> = points().map(|(mib, _)| *mib).collect();
+        sizes.sort_by(f64::total_cmp);
+        sizes.dedup();
         let bounds = |values: &mut dyn Iterator<Item = f64>| {
             values.fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)))
         };
-        let (smallest, largest) = bounds(&mut sizes.into_iter());
+        let (smallest, largest) = bounds(&mut sizes.iter().copied());
         let (fastest, slowest) = bounds(&mut times());
         area.fill(&WHITE)?;
         let mut chart = ChartBuilder::on(area)
@@ -108,8 +114,11 @@ impl Plot {
             .x_label_area_size(46)
             .y_label_area_size(66)
             .build_cartesian_2d(
-                (smallest / 1.4..largest * 1.4).log_scale(),
-                (fastest / 1.6..slowest * 2.0).log_scale(),
+                (smallest / 1.4..largest * 1.4).log_scale().with_key_points(sizes),
+                // Room for the legend above.
+                (fastest / 1.6..slowest * 6.0)
+                    .log_scale()
+                    .with_key_points(ticks(fastest / 1.6, slowest * 6.0)),
             )?;
         chart
             .configure_mesh()
@@ -118,11 +127,10 @@ impl Plot {
             .axis_desc_style((FONT, 14))
             .label_style((FONT, 13))
             .bold_line_style(RGBColor(205, 205, 205))
-            .light_line_style(RGBColor(238, 238, 238))
             .x_label_formatter(&|mib| format!("{mib}"))
             .y_label_formatter(&|ms| format!("{ms}"))
             .draw()?;
-        for line in &self.lines {
+        for (number, line) in (0..).map(f64::from).zip(&self.lines) {
             let colour = line.colour();
             let medians = line.points.iter().map(|(mib, [median, ..])| (*mib, *median));
             chart
@@ -130,7 +138,10 @@ impl Plot {
                 .label(line.name())
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3)));
             chart.draw_series(medians.map(|point| Circle::new(point, 5, colour.filled())))?;
-            let spreads = line.points.iter().map(|(mib, [_, low, high])| [(*mib, *low), (*mib, *high)]);
+            // A little aside, so that those of different subjects do not lie on one another.
+            let aside = |mib: f64| mib * (1.0 + 0.012 * number);
+            let spreads =
+                line.points.iter().map(|(mib, [_, low, high])| [(aside(*mib), *low), (aside(*mib), *high)]);
             chart.draw_series(spreads.map(|ends| PathElement::new(ends, colour.stroke_width(1))))?;
         }
         chart
@@ -146,6 +157,13 @@ impl Plot {
     }
 }
 
+/// 1, 2 and 5 times the powers of ten between two numbers.
+fn ticks(from: f64, to: f64) -> Vec<f64> {
+    let powers = (-3..7).map(|power| 10_f64.powi(power));
+    let all = powers.flat_map(|power| [1.0, 2.0, 5.0].map(|digit| digit * power));
+    all.filter(|tick| (from..=to).contains(tick)).collect()
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -155,13 +173,23 @@ mod tests {
     #[test]
     fn a_plot_has_its_background_its_units_and_a_name_for_each_line() {
         let plots = all(&results());
-        assert_eq!(plots.iter().map(|plot| plot.file).collect::<Vec<_>>(), ["wake.svg", "resident.svg", "sleep.svg"]);
+        assert_eq!(
+            plots.iter().map(|plot| plot.file).collect::<Vec<_>>(),
+            ["wake.svg", "resident.svg", "sleep.svg"]
+        );
         let svg = plots[0].svg().unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
-        for part in ["MiB (logarithmic)", "milliseconds", "agentcube", "runc checkpoint", "cold start", "#FFFFFF"] {
+        for part in
+            ["MiB (logarithmic)", "milliseconds", "agentcube", "runc checkpoint", "cold start", "#FFFFFF"]
+        {
             assert!(svg.contains(part), "{part} is not in the plot");
         }
         assert!(!svg.contains("crun"));
+    }
+
+    #[test]
+    fn ticks_are_round_numbers_within_the_axis() {
+        assert_eq!(ticks(4.0, 60.0), [5.0, 10.0, 20.0, 50.0]);
     }
 
     #[test]

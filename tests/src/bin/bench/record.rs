@@ -27,6 +27,16 @@ pub struct Cycle {
     pub wake_cpu_us: u64,
 }
 
+impl Cycle {
+    /// The time until all memory was back; the time for which it was waited when it did not come.
+    pub fn resident_us(&self) -> u64 {
+        self.resident_us.unwrap_or(RESIDENT_PATIENCE_US)
+    }
+}
+
+/// How long the memory of a woken agent may take to be back.
+pub const RESIDENT_PATIENCE_US: u64 = 10_000_000;
+
 /// A sleep.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sleep {
@@ -63,7 +73,7 @@ pub struct Shims {
     /// Whether their agents slept.
     pub asleep: bool,
     /// Each shim.
-    pub shims: Vec<Memory>,
+    pub memory: Vec<Memory>,
 }
 
 /// Something that was to be measured and could not be.

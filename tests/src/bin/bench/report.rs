@@ -66,14 +66,21 @@ fn section(text: &mut String, title: &str, prose: &str, table: &str) {
     if !prose.is_empty() {
         let _ = write!(text, "{}\n\n", prose.trim());
     }
-    let _ = write!(text, "{table}\n");
+    let _ = writeln!(text, "{table}");
 }
 
 fn goals_table(goals: &[Goal]) -> String {
     let row = |goal: &Goal| {
         let (first, second) = goal.figures.clone().map_or((cell(None), cell(None)), |figures| figures);
         let ratio = cell(goal.ratio.map(|ratio| format!("{ratio:.2}")));
-        vec![goal.what.to_owned(), first, second, ratio, format!("{:.2}", goal.limit), goal.verdict().to_owned()]
+        vec![
+            goal.what.to_owned(),
+            first,
+            second,
+            ratio,
+            format!("{:.2}", goal.limit),
+            goal.verdict().to_owned(),
+        ]
     };
     let rows: Vec<_> = goals.iter().map(row).collect();
     table(&["goal", "figure", "against", "ratio", "at most", ""], &rows)
@@ -85,7 +92,7 @@ fn wakes(results: &Results, cache: Cache) -> String {
         for subject in SUBJECTS {
             let of = |figure: fn(&Cycle) -> Option<u64>| results.summary(workload, cache, subject, figure);
             let Some(first) = of(|cycle| Some(cycle.first_byte_us)) else { continue };
-            let resident = of(|cycle| cycle.resident_us);
+            let resident = of(|cycle| Some(cycle.resident_us()));
             let mut row = vec![workload.to_string(), subject.to_string(), first.count.to_string()];
             row.extend(spread(Some(first)));
             row.push(cell(of(|cycle| Some(cycle.wake_us)).map(|call| time(call.p50))));
@@ -96,7 +103,17 @@ fn wakes(results: &Results, cache: Cache) -> String {
         }
     }
     let head = [
-        "agent", "subject", "n", "first byte: min", "p50", "p95", "p99", "call: p50", "resident: p50", "p95", "CPU: p50",
+        "agent",
+        "subject",
+        "n",
+        "first byte: min",
+        "p50",
+        "p95",
+        "p99",
+        "call: p50",
+        "resident: p50",
+        "p95",
+        "CPU: p50",
     ];
     table(&head, &rows)
 }
@@ -105,7 +122,8 @@ fn sleeps(results: &Results) -> String {
     let mut rows = Vec::new();
     for workload in results.workloads(Cache::Warm) {
         for subject in SUBJECTS {
-            let of = |figure: fn(&Cycle) -> Option<u64>| results.summary(workload, Cache::Warm, subject, figure);
+            let of =
+                |figure: fn(&Cycle) -> Option<u64>| results.summary(workload, Cache::Warm, subject, figure);
             let Some(total) = of(|cycle| Some(cycle.sleep.as_ref()?.total_us)) else { continue };
             let stopped = of(|cycle| cycle.sleep.as_ref()?.stopped_us);
             let mut row = vec![workload.to_string(), subject.to_string(), total.count.to_string()];
@@ -118,7 +136,17 @@ fn sleeps(results: &Results) -> String {
         }
     }
     let head = [
-        "agent", "subject", "n", "total: min", "p50", "p95", "p99", "stands still: p50", "p95", "on disk", "CPU: p50",
+        "agent",
+        "subject",
+        "n",
+        "total: min",
+        "p50",
+        "p95",
+        "p99",
+        "stands still: p50",
+        "p95",
+        "on disk",
+        "CPU: p50",
     ];
     table(&head, &rows)
 }
@@ -131,7 +159,9 @@ fn at_once(results: &Results) -> String {
     let row = |(workload, agents, subject): (Workload, usize, Subject)| {
         let rounds: Vec<_> = results
             .at_once()
-            .filter(|round| (round.workload, round.first_byte_us.len(), round.subject) == (workload, agents, subject))
+            .filter(|round| {
+                (round.workload, round.first_byte_us.len(), round.subject) == (workload, agents, subject)
+            })
             .collect();
         let first = Summary::of(rounds.iter().flat_map(|round| round.first_byte_us.iter().copied()));
         let wall = Summary::of(rounds.iter().map(|round| round.wall_us));
@@ -142,21 +172,25 @@ fn at_once(results: &Results) -> String {
         row
     };
     let rows: Vec<_> = keys.into_iter().map(row).collect();
-    table(&["agents", "at once", "subject", "rounds", "first byte: p50", "p99", "max", "all of them: p50"], &rows)
+    table(
+        &["agents", "at once", "subject", "rounds", "first byte: p50", "p99", "max", "all of them: p50"],
+        &rows,
+    )
 }
 
 fn shims(results: &Results) -> String {
     let rows: Vec<_> = results
         .shims()
         .map(|shims| {
-            let agents = shims.shims.len();
-            let whose = if shims.subject == Subject::Agentcube { "agentcube" } else { "containerd's for runc" };
+            let agents = shims.memory.len();
+            let whose =
+                if shims.subject == Subject::Agentcube { "agentcube" } else { "containerd's for runc" };
             let state = if shims.asleep { "asleep" } else { "awake" };
             let mean = |figure: fn(&agentcube_tests::memory::Memory) -> u64| {
                 cell(results.mean_of_shims(shims.subject, shims.asleep, agents, figure).map(size))
             };
             let figures = [mean(|shim| shim.rss), mean(|shim| shim.pss), mean(|shim| shim.private)];
-            let total: u64 = shims.shims.iter().map(|shim| shim.pss).sum();
+            let total: u64 = shims.memory.iter().map(|shim| shim.pss).sum();
             let mut row = vec![agents.to_string(), whose.to_owned(), state.to_owned()];
             row.extend(figures);
             row.push(size(total));
@@ -171,7 +205,9 @@ fn shims(results: &Results) -> String {
 fn failures(results: &Results) -> String {
     let rows: Vec<_> = results
         .failures()
-        .map(|failure| vec![failure.subject.to_string(), failure.section.clone(), failure.why.replace('\n', " ")])
+        .map(|failure| {
+            vec![failure.subject.to_string(), failure.section.clone(), failure.why.replace('\n', " ")]
+        })
         .collect();
     table(&["subject", "part of the run", "why"], &rows)
 }
@@ -198,7 +234,8 @@ fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let mut text = String::new();
     for (number, row) in rows.iter().enumerate() {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         let _ = writeln!(text, "| {} |", cells.join(" | "));
         if number == 0 {
             let rules: Vec<String> = widths.iter().map(|width| "-".repeat(*width)).collect();
@@ -235,11 +272,16 @@ mod tests {
     fn the_report_has_every_table_and_says_what_was_not_measured() {
         let results = results();
         let text = markdown(&results, &goals::of(&results));
-        for part in ["## Goals", "## Waking\n", "## Falling asleep", "same moment", "## Shims", "no \\| such program"] {
+        for part in
+            ["## Goals", "## Waking\n", "## Falling asleep", "same moment", "## Shims", "no \\| such program"]
+        {
             assert!(text.contains(part), "{part} is not in:\n{text}");
         }
         assert!(!text.contains("cold disk\n"), "no table without figures");
-        let row = text.lines().find(|line| line.contains("python 64 MiB") && line.contains("runc")).unwrap_or_default();
+        let row = text
+            .lines()
+            .find(|line| line.contains("python 64 MiB") && line.contains("runc"))
+            .unwrap_or_default();
         assert!(row.contains("| 3 ") && row.contains("100.0 ms") && row.contains("101.0 ms"), "{row}");
     }
 

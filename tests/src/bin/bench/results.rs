@@ -29,7 +29,8 @@ impl Results {
     /// When a line is no record. A last line that is cut off is left out: the run was ended in the middle of it.
     pub fn read(plan: Plan, date: String, commit: String, build: String, lines: &str) -> Result<Self> {
         let whole = lines.rfind('\n').map_or("", |end| &lines[..end]);
-        let records = whole.lines().map(|line| serde_json::from_str(line).with_context(|| format!("a record: {line}")));
+        let records =
+            whole.lines().map(|line| serde_json::from_str(line).with_context(|| format!("a record: {line}")));
         Ok(Self { date, commit, build, plan, records: records.collect::<Result<_>>()? })
     }
 
@@ -38,8 +39,7 @@ impl Results {
     /// # Errors
     /// When a figure has no form in JSON.
     pub fn to_json(&self) -> Result<String> {
-        let json = |value: &dyn erased::Json| value.json();
-        let lines: Result<Vec<String>> = self.records.iter().map(|record| json(record)).collect();
+        let lines: Result<Vec<String>> = self.records.iter().map(json).collect();
         Ok(format!(
             "{{\n\"date\": {},\n\"commit\": {},\n\"build\": {},\n\"plan\": {},\n\"records\": [\n{}\n]\n}}\n",
             json(&self.date)?,
@@ -57,30 +57,43 @@ impl Results {
 
     /// What it ran on.
     pub fn machine(&self) -> Machine {
-        let machine = |record: &Record| if let Record::Machine(machine) = record { Some(machine.clone()) } else { None };
-        self.records.iter().find_map(machine).unwrap_or_default()
+        let machine = self.records.iter().find_map(|record| match record {
+            Record::Machine(machine) => Some(machine.clone()),
+            _ => None,
+        });
+        machine.unwrap_or_default()
     }
 
     /// All cycles.
     pub fn cycles(&self) -> impl Iterator<Item = &Cycle> {
-        self.records.iter().filter_map(|record| if let Record::Cycle(cycle) = record { Some(cycle) } else { None })
+        self.records.iter().filter_map(|record| match record {
+            Record::Cycle(it) => Some(it),
+            _ => None,
+        })
     }
 
     /// All that could not be measured.
     pub fn failures(&self) -> impl Iterator<Item = &Failure> {
-        let failure = |record| if let &Record::Failure(ref failure) = record { Some(failure) } else { None };
-        self.records.iter().filter_map(failure)
+        self.records.iter().filter_map(|record| match record {
+            Record::Failure(it) => Some(it),
+            _ => None,
+        })
     }
 
     /// All wakes at the same moment.
     pub fn at_once(&self) -> impl Iterator<Item = &AtOnce> {
-        let at_once = |record| if let &Record::AtOnce(ref at_once) = record { Some(at_once) } else { None };
-        self.records.iter().filter_map(at_once)
+        self.records.iter().filter_map(|record| match record {
+            Record::AtOnce(it) => Some(it),
+            _ => None,
+        })
     }
 
     /// The memory of shims.
     pub fn shims(&self) -> impl Iterator<Item = &Shims> {
-        self.records.iter().filter_map(|record| if let Record::Shims(shims) = record { Some(shims) } else { None })
+        self.records.iter().filter_map(|record| match record {
+            Record::Shims(it) => Some(it),
+            _ => None,
+        })
     }
 
     /// How one figure of the cycles of a workload lies; nothing when it was never measured.
@@ -116,27 +129,17 @@ impl Results {
         agents: usize,
         figure: impl Fn(&agentcube_tests::memory::Memory) -> u64,
     ) -> Option<u64> {
-        let wanted = |shims: &&Shims| shims.subject == subject && shims.asleep == asleep && shims.shims.len() == agents;
+        let wanted = |shims: &&Shims| {
+            shims.subject == subject && shims.asleep == asleep && shims.memory.len() == agents
+        };
         let found = self.shims().find(wanted)?;
-        let sum: u64 = found.shims.iter().map(figure).sum();
+        let sum: u64 = found.memory.iter().map(figure).sum();
         sum.checked_div(agents as u64)
     }
 }
 
-/// Serialization of whatever has one.
-mod erased {
-    use anyhow::{Context as _, Result};
-    use serde::Serialize;
-
-    pub trait Json {
-        fn json(&self) -> Result<String>;
-    }
-
-    impl<T: Serialize> Json for T {
-        fn json(&self) -> Result<String> {
-            serde_json::to_string(self).context("results as JSON")
-        }
-    }
+fn json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).context("results as JSON")
 }
 
 #[cfg(test)]
@@ -171,7 +174,8 @@ pub mod tests {
 
     /// The results of a short plan in which this project takes 10 ms, runc 100, and a cold start 300.
     pub fn results() -> Results {
-        let mut records = vec![Record::Machine(Machine { cpu: "A CPU".into(), cores: 2, ..Machine::default() })];
+        let mut records =
+            vec![Record::Machine(Machine { cpu: "A CPU".into(), cores: 2, ..Machine::default() })];
         for mib in [64, 256, 1024] {
             for (subject, ms) in [(Subject::Agentcube, 10), (Subject::Runc, 100), (Subject::ColdStart, 300)] {
                 records.extend((0..3).map(|more| cycle(subject, Workload::Python(mib), ms + more)));
@@ -181,7 +185,7 @@ pub mod tests {
         for (subject, asleep, mib) in
             [(Subject::Agentcube, false, 5), (Subject::Agentcube, true, 4), (Subject::Runc, false, 16)]
         {
-            records.push(Record::Shims(Shims { subject, asleep, shims: vec![shim(mib); 10] }));
+            records.push(Record::Shims(Shims { subject, asleep, memory: vec![shim(mib); 10] }));
         }
         records.push(Record::AtOnce(AtOnce {
             workload: Workload::Python(16),
@@ -196,7 +200,13 @@ pub mod tests {
         }));
         records.push(Record::Done);
         let text = |text: &str| text.to_owned();
-        Results { date: text("2026-01-01"), commit: text("abc"), build: text("release"), plan: Plan::quick(), records }
+        Results {
+            date: text("2026-01-01"),
+            commit: text("abc"),
+            build: text("release"),
+            plan: Plan::quick(),
+            records,
+        }
     }
 
     #[test]
@@ -211,7 +221,8 @@ pub mod tests {
     #[test]
     fn a_line_that_is_cut_off_is_left_out_and_nonsense_is_refused() {
         let line = serde_json::to_string(&cycle(Subject::Runc, Workload::Busybox, 1)).unwrap();
-        let read = |text: &str| Results::read(Plan::tiny(), String::new(), String::new(), String::new(), text);
+        let read =
+            |text: &str| Results::read(Plan::tiny(), String::new(), String::new(), String::new(), text);
         let results = read(&format!("{line}\n{line}\n{}", &line[..20])).unwrap();
         assert_eq!(results.records.len(), 2);
         assert!(!results.done());
@@ -223,7 +234,9 @@ pub mod tests {
     fn figures_are_those_of_one_subject_and_one_workload() {
         let results = results();
         let first = |subject| {
-            results.summary(Workload::Python(64), Cache::Warm, subject, |cycle| Some(cycle.first_byte_us)).unwrap()
+            results
+                .summary(Workload::Python(64), Cache::Warm, subject, |cycle| Some(cycle.first_byte_us))
+                .unwrap()
         };
         assert_eq!((first(Subject::Agentcube).p50, first(Subject::Runc).max), (11_000, 102_000));
         assert_eq!(results.summary(Workload::Busybox, Cache::Warm, Subject::Runc, |_| Some(1)), None);

@@ -22,17 +22,13 @@ const COUNTING: &str = "i=0; while :; do i=$((i+1)); \
      printf 'HTTP/1.1 200 OK\\r\\n\\r\\n{\"turn\": %s}' $i | busybox nc -l -p 8080; done";
 
 /// How long an agent may take to answer.
-const ANSWER: Duration = Duration::from_secs(60);
+const ANSWER: Duration = Duration::from_mins(1);
 
 /// An agent to be started with `ctr`, in a pod's network namespace.
 pub fn spec(workload: Workload, id: &str, runtime: Runtime) -> AgentSpec {
     let spec = match workload {
-        Workload::Python(mib) => {
-            AgentSpec::new(Image::Python, id, runtime).env("BALLAST_MIB", &mib)
-        }
-        Workload::Busybox => {
-            AgentSpec::new(Image::Counter, id, runtime).args(&["/bin/sh", "-c", COUNTING])
-        }
+        Workload::Python(mib) => AgentSpec::new(Image::Python, id, runtime).env("BALLAST_MIB", &mib),
+        Workload::Busybox => AgentSpec::new(Image::Counter, id, runtime).args(&["/bin/sh", "-c", COUNTING]),
     };
     // ctr always asks for a CPU weight, which runc cannot give where cgroup v2 lacks the controller.
     spec.net(Net::Pod).flag("--cpu-shares=0")
@@ -145,7 +141,9 @@ impl Memory {
 
 fn turn(answer: &str) -> Result<u64> {
     let value: Option<Value> = serde_json::from_str(answer).ok();
-    value.and_then(|value| value["turn"].as_u64()).with_context(|| format!("an answer without a turn: {answer:?}"))
+    value
+        .and_then(|value| value["turn"].as_u64())
+        .with_context(|| format!("an answer without a turn: {answer:?}"))
 }
 
 #[cfg(test)]

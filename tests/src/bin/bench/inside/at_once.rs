@@ -26,7 +26,8 @@ pub fn run(run: &mut Run, plan: &AtOnce) -> Result<()> {
     let most = plan.rounds.iter().map(|(agents, _)| *agents).max().unwrap_or(0);
     let mut groups: Vec<(Subject, Vec<Awake>)> = Vec::new();
     for &subject in &plan.subjects {
-        let started = (0..most).map(|_| Awake::start(run, subject, plan.workload)).collect::<Result<Vec<_>>>();
+        let started =
+            (0..most).map(|_| Awake::start(run, subject, plan.workload)).collect::<Result<Vec<_>>>();
         match started {
             Ok(agents) => groups.push((subject, agents)),
             Err(error) => run.fail(subject, &section, &error)?,
@@ -41,7 +42,9 @@ pub fn run(run: &mut Run, plan: &AtOnce) -> Result<()> {
             }
             let order: Vec<Subject> = groups.iter().map(|(subject, _)| *subject).collect();
             for subject in rotated(&order, turn as usize) {
-                let Some((_, group)) = groups.iter_mut().find(|(other, _)| *other == subject) else { continue };
+                let Some((_, group)) = groups.iter_mut().find(|(other, _)| *other == subject) else {
+                    continue;
+                };
                 match round(&mut group[..agents as usize]) {
                     Ok((first_byte_us, wall_us)) => {
                         let workload = plan.workload;
@@ -74,8 +77,8 @@ fn round(group: &mut [Awake]) -> Result<(Vec<u64>, u64)> {
     let pause = PAUSE * u32::try_from(group.len()).unwrap_or(u32::MAX);
     let places = group.iter().map(|awake| lend(awake.sleeper.place())).collect::<Result<Vec<_>>>()?;
     let everybody = Barrier::new(group.len() + 1);
-    let (start, answers) = thread::scope(|scope| {
-        let probes = places.iter().map(|place| Probe::arm(scope, place, pause)).collect::<Result<Vec<_>>>()?;
+    let answers = thread::scope(|scope| {
+        let probes: Vec<_> = places.iter().map(|place| Probe::arm(scope, place, pause)).collect();
         let wakes: Vec<_> = group
             .iter_mut()
             .map(|awake| {
@@ -86,17 +89,16 @@ fn round(group: &mut [Awake]) -> Result<(Vec<u64>, u64)> {
                 })
             })
             .collect();
-        // All threads are at the barrier once this one is, or just before it.
         let start = Instant::now();
-        probes.iter().for_each(|probe| probe.go(start));
+        for probe in &probes {
+            probe.go(start);
+        }
         everybody.wait();
         for wake in wakes {
             wake.join().map_err(|_| anyhow!("a waking thread panicked"))??;
         }
-        let answers = probes.into_iter().map(Probe::answer).collect::<Result<Vec<_>>>()?;
-        Ok::<_, anyhow::Error>((start, answers))
+        probes.into_iter().map(Probe::answer).collect::<Result<Vec<_>>>()
     })?;
-    let _ = start;
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let first_bytes: Vec<u64> = answers.iter().map(|answer| micros(answer.first_byte)).collect();
     for (awake, answer) in group.iter_mut().zip(answers) {

@@ -40,7 +40,7 @@ pub fn run(run: &mut Run, plan: &Cycles) -> Result<()> {
     }
     let begun = Instant::now();
     let mut failed = Vec::new();
-    for turn in 0..plan.cycles {
+    for turn in 0..plan.count {
         if begun.elapsed().as_secs() >= plan.seconds {
             run.say(&format!("  time is up after {turn} cycles"));
             break;
@@ -52,7 +52,9 @@ pub fn run(run: &mut Run, plan: &Cycles) -> Result<()> {
                 }
                 cold_start(run, plan)
             } else {
-                let Some(awake) = sleepers.iter_mut().find(|awake| awake.subject == subject) else { continue };
+                let Some(awake) = sleepers.iter_mut().find(|awake| awake.subject == subject) else {
+                    continue;
+                };
                 cycle(awake, plan.cache)
             };
             match measured {
@@ -125,7 +127,7 @@ fn wake(awake: &mut Awake, before: u64) -> Result<Woke> {
     let place = awake.sleeper.place();
     let (cgroup, lent) = (place.cgroup.clone(), lend(place)?);
     thread::scope(|scope| {
-        let probe = Probe::arm(scope, &lent, PAUSE)?;
+        let probe = Probe::arm(scope, &lent, PAUSE);
         let watch = Watch::arm(scope, &cgroup, before);
         let start = Instant::now();
         probe.go(start);
@@ -161,7 +163,7 @@ fn cold_start(run: &mut Run, plan: &Cycles) -> Result<Cycle> {
     let place = Place::for_ctr(&id, plan.workload)?;
     let cpu_before = cpu::used()?;
     let (wake_us, answer) = thread::scope(|scope| {
-        let probe = Probe::arm(scope, &place, PAUSE)?;
+        let probe = Probe::arm(scope, &place, PAUSE);
         let start = Instant::now();
         probe.go(start);
         agent::start(&place, Runtime::Runc, run.cpu_controller)?;

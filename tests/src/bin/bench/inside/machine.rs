@@ -17,7 +17,9 @@ pub fn describe() -> Machine {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let field = |text: &str, name: &str| {
         let line = text.lines().find(|line| line.starts_with(name));
-        line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned()).unwrap_or_default()
+        line.and_then(|line| line.split_once(':'))
+            .map(|(_, value)| value.trim().to_owned())
+            .unwrap_or_default()
     };
     let memory = field(&read("/proc/meminfo"), "MemTotal");
     let memory: u64 = memory.split(' ').next().and_then(|kib| kib.parse().ok()).unwrap_or(0);
@@ -73,7 +75,8 @@ fn programs() -> Vec<(String, String)> {
 fn numbers(word: &str) -> Option<String> {
     let end = word.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(word.len());
     let version = &word[..end];
-    (version.contains('.') && version.starts_with(|letter: char| letter.is_ascii_digit())).then(|| version.to_owned())
+    (version.contains('.') && version.starts_with(|letter: char| letter.is_ascii_digit()))
+        .then(|| version.to_owned())
 }
 
 #[cfg(test)]
@@ -90,7 +93,8 @@ mod tests {
 
     #[test]
     fn the_file_system_is_found_by_its_number() {
-        let mountinfo = "24 18 0:20 / /a rw - tmpfs tmpfs rw\n25 18 254:0 /x /b rw shared:1 - ext4 /dev/vda rw\n";
+        let mountinfo =
+            "24 18 0:20 / /a rw - tmpfs tmpfs rw\n25 18 254:0 /x /b rw shared:1 - ext4 /dev/vda rw\n";
         assert_eq!(kind_of(mountinfo, "254:0"), Some("ext4"));
         assert_eq!(kind_of(mountinfo, "8:1"), None);
     }

@@ -39,7 +39,8 @@ impl Oci {
         let image = agent::spec(workload, id, Runtime::Runc).image.reference();
         command::output(&["ctr", "images", "mount", "--rw", image, &format!("{bundle}/rootfs")])?;
         let config = format!("{bundle}/config.json");
-        fs::write(&config, specification(id, workload, &cgroup)?).with_context(|| format!("writing {config}"))?;
+        fs::write(&config, specification(id, workload, &cgroup)?)
+            .with_context(|| format!("writing {config}"))?;
         let oci = Self { program, place, bundle, image: format!("{IMAGES}/{id}"), work };
         oci.call(&["run", "--detach"], &[&format!("--bundle={}", oci.bundle)])?;
         Ok(oci)
@@ -152,7 +153,9 @@ mod tests {
     fn a_run_becomes_a_create_of_another_name_without_resources() {
         let line = agent::spec(Workload::Python(16), "runc-1", Runtime::Runc).command_line(false, true);
         let words = create_words(&line, "runc-1", "t").join(" ");
-        assert!(words.starts_with("ctr --namespace default container create --runtime io.containerd.runc.v2"));
+        assert!(
+            words.starts_with("ctr --namespace default container create --runtime io.containerd.runc.v2")
+        );
         assert!(words.ends_with("localhost/python-agent:1 t") && !words.contains("cpu-shares"), "{words}");
         assert!(words.contains("network:/run/netns/runc-1"), "{words}");
     }

@@ -13,7 +13,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use super::agent::{ADDRESS, Place};
 
 /// How long an agent may take to answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long one attempt to connect may take. Where packets are dropped meanwhile (CRIU does that under runc), the kernel
 /// would try again after a second, and that second is not the wake's.
@@ -42,7 +42,7 @@ impl<'scope> Probe<'scope> {
         scope: &'scope thread::Scope<'scope, 'env>,
         place: &'env Place,
         pause: Duration,
-    ) -> Result<Self> {
+    ) -> Self {
         let (go, wait) = channel();
         let (ready, armed) = channel();
         let asking = scope.spawn(move || {
@@ -54,7 +54,7 @@ impl<'scope> Probe<'scope> {
         });
         // An error of the thread comes out when it is joined.
         let _ = armed.recv();
-        Ok(Self { go, asking })
+        Self { go, asking }
     }
 
     /// Begins to ask; times count from `start`.
@@ -73,7 +73,7 @@ impl<'scope> Probe<'scope> {
 /// Asks from a thread of its own until there is an answer.
 pub fn first_answer(place: &Place, pause: Duration, start: Instant) -> Result<Answer> {
     thread::scope(|scope| {
-        let probe = Probe::arm(scope, place, pause)?;
+        let probe = Probe::arm(scope, place, pause);
         probe.go(start);
         probe.answer()
     })

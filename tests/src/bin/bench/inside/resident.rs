@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 use agentcube_tests::memory;
 use anyhow::Result;
 
+use crate::record::RESIDENT_PATIENCE_US;
+
 /// How often the memory is looked at.
 const INTERVAL: Duration = Duration::from_millis(1);
 
 /// How long it may take to be back.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_micros(RESIDENT_PATIENCE_US);
 
 /// What must be back, in hundredths of what there was.
 const SHARE: u64 = 99;

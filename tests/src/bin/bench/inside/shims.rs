@@ -73,12 +73,12 @@ fn containerds(run: &mut Run, plan: &Shims) -> Result<()> {
 }
 
 fn record(run: &mut Run, subject: Subject, asleep: bool, pids: &[u32]) -> Result<()> {
-    let shims = pids.iter().map(|pid| {
+    let memory = pids.iter().map(|pid| {
         let path = format!("/proc/{pid}/smaps_rollup");
         Held::parse(&fs::read_to_string(&path).with_context(|| format!("reading {path}"))?)
     });
-    let shims = shims.collect::<Result<Vec<Held>>>()?;
-    run.record(&Record::Shims(record::Shims { subject, asleep, shims }))
+    let memory = memory.collect::<Result<Vec<Held>>>()?;
+    run.record(&Record::Shims(record::Shims { subject, asleep, memory }))
 }
 
 /// The process of containerd's shim for runc whose container this is.

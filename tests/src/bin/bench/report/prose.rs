@@ -6,10 +6,11 @@ use super::size;
 use crate::results::Results;
 
 pub const WAKING: &str = "\
-The image is in the page cache, where the sleep before has left it. `first byte` is from asking for the wake to the first byte of the \
-answer over HTTP; `call` until the call (agentcube) or the command (runc, crun, ctr) came back; `resident` until the agent had answered \
-and held 99 % of the anonymous memory that it held before; `CPU` is what the whole node used from asking until all of that. A cold \
-start begins with `ctr run` and has to fill its memory again.";
+The image is in the page cache, where the sleep before has left it. `first byte` is from asking for the wake to the first byte of \
+the answer over HTTP; `call` until the call (agentcube) or the command (runc, crun, ctr) came back; `resident` until the agent had \
+answered and held 99 % of the anonymous memory that it held before (what takes longer than 10 s counts as 10 s); `CPU` is what the \
+whole node used from asking until all of that. A cold start begins with `ctr run` and has to fill its memory again. `n` is the number \
+of cycles.";
 
 pub const SLEEPING: &str = "\
 `total` is from asking until the agent slept: for agentcube as its shim reports it, for runc and crun from the start of the command to \
