@@ -48,6 +48,10 @@ struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     cycles: Option<u32>,
 
+    /// The parts of the run alone whose names contain this
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+
     #[command(subcommand)]
     inside: Option<Inside>,
 }
@@ -80,6 +84,7 @@ fn main() -> ExitCode {
                 Size::Tiny => Plan::tiny(),
             };
             let plan = if let Some(cycles) = args.cycles { plan.with_at_most(cycles) } else { plan };
+            let plan = if let Some(text) = &args.only { plan.with_only(text) } else { plan };
             let report = outside::Report { out: args.out, readme: args.readme, from: args.from };
             outside::run(plan, &report).map(|verdict| verdict.complete && (verdict.held || !args.check))
         }

@@ -77,9 +77,8 @@ fn measure(mut plan: Plan) -> Result<Results> {
     }
     plan.cpu_controller = node.has_controller("cpu");
     eprintln!(
-        "Measuring takes at most {} minutes and what it takes to start and delete agents. Other work on this machine \
-         makes the figures worse.",
-        plan.seconds().div_ceil(60)
+        "Measuring takes at most {} minutes. Other work on this machine makes the figures worse.",
+        plan.seconds.div_ceil(60)
     );
     let text = serde_json::to_string(&plan).context("the plan")?;
     let status = node.command([PROGRAM, "inside", &text]).run_here()?;

@@ -36,7 +36,7 @@ pub fn run(run: &mut Run, plan: &AtOnce) -> Result<()> {
     let begun = Instant::now();
     for &(agents, rounds) in &plan.rounds {
         for turn in 0..rounds {
-            if begun.elapsed().as_secs() >= plan.seconds {
+            if begun.elapsed().as_secs() >= plan.seconds || run.check_time().is_err() {
                 run.say(&format!("  time is up before round {turn} of {agents} at once"));
                 break;
             }

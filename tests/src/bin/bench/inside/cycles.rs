@@ -41,7 +41,7 @@ pub fn run(run: &mut Run, plan: &Cycles) -> Result<()> {
     let begun = Instant::now();
     let mut failed = Vec::new();
     for turn in 0..plan.count {
-        if begun.elapsed().as_secs() >= plan.seconds {
+        if begun.elapsed().as_secs() >= plan.seconds || run.check_time().is_err() {
             run.say(&format!("  time is up after {turn} cycles"));
             break;
         }

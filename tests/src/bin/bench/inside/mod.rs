@@ -16,9 +16,9 @@ mod sleeper;
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::plan::{Plan, Section, Subject};
 use crate::record::{Failure, Record};
@@ -37,10 +37,20 @@ pub fn run(plan: &str) -> Result<()> {
     let plan: Plan = serde_json::from_str(plan).context("the plan is not readable")?;
     fs::create_dir_all(SCRATCH).with_context(|| format!("making {SCRATCH}"))?;
     let records = File::create(RECORDS).with_context(|| format!("making {RECORDS}"))?;
-    let mut run = Run { cpu_controller: plan.cpu_controller, records, started: Instant::now(), agents: 0 };
+    let mut run = Run {
+        cpu_controller: plan.cpu_controller,
+        limit: Duration::from_secs(plan.seconds),
+        records,
+        started: Instant::now(),
+        agents: 0,
+    };
     run.record(&Record::Machine(machine::describe()))?;
     for section in &plan.sections {
         run.say(&section.to_string());
+        if let Err(error) = run.check_time() {
+            run.fail(Subject::Agentcube, &section.to_string(), &error)?;
+            continue;
+        }
         match section {
             Section::Cycles(plan) => cycles::run(&mut run, plan)?,
             Section::AtOnce(plan) => at_once::run(&mut run, plan)?,
@@ -53,6 +63,7 @@ pub fn run(plan: &str) -> Result<()> {
 /// A run under way.
 struct Run {
     cpu_controller: bool,
+    limit: Duration,
     records: File,
     started: Instant,
     /// How many agents there have been.
@@ -76,6 +87,12 @@ impl Run {
     /// Tells whoever waits how far it is.
     fn say(&self, text: &str) {
         eprintln!("[{:4} s] {text}", self.started.elapsed().as_secs());
+    }
+
+    /// Whether something more may begin.
+    fn check_time(&self) -> Result<()> {
+        ensure!(self.started.elapsed() < self.limit, "the time for the whole run is up");
+        Ok(())
     }
 
     /// A name for the next agent.

@@ -34,6 +34,7 @@ fn ours(run: &mut Run, plan: &Shims) -> Result<()> {
     let mut shims: Vec<u32> = Vec::new();
     for &count in &plan.agents {
         while agents.len() < count as usize {
+            run.check_time()?;
             let id = run.name(Subject::Agentcube);
             let engine = Engine::start(&id, WORKLOAD, run.cpu_controller)?;
             shims.push(engine.status()?.shim_pid);
@@ -42,15 +43,18 @@ fn ours(run: &mut Run, plan: &Shims) -> Result<()> {
         }
         // A shim that has been through a sleep holds what it will hold.
         for awake in &mut agents {
+            run.check_time()?;
             awake.sleeper.sleep()?;
             awake.wake_and_check()?;
         }
         record(run, Subject::Agentcube, false, &shims)?;
         for awake in &mut agents {
+            run.check_time()?;
             awake.sleeper.sleep()?;
         }
         record(run, Subject::Agentcube, true, &shims)?;
         for awake in &mut agents {
+            run.check_time()?;
             awake.wake_and_check()?;
         }
     }
@@ -61,6 +65,7 @@ fn containerds(run: &mut Run, plan: &Shims) -> Result<()> {
     let mut places: Vec<Place> = Vec::new();
     for &count in &plan.agents {
         while places.len() < count as usize {
+            run.check_time()?;
             let place = Place::for_ctr(&run.name(Subject::Runc), WORKLOAD)?;
             agent::start(&place, Runtime::Runc, run.cpu_controller)?;
             Memory::of_new(&place)?;

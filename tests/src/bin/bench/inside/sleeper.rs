@@ -56,6 +56,7 @@ pub struct Awake {
 impl Awake {
     /// Starts an agent and waits until it answers.
     pub fn start(run: &mut Run, subject: Subject, workload: Workload) -> Result<Self> {
+        run.check_time()?;
         let id = run.name(subject);
         let sleeper: Box<dyn Sleeper> = match subject {
             Subject::Agentcube => Box::new(Engine::start(&id, workload, run.cpu_controller)?),
