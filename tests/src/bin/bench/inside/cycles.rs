@@ -61,7 +61,9 @@ pub fn run(run: &mut Run, plan: &Cycles) -> Result<()> {
                 Ok(cycle) => run.record(&Record::Cycle(cycle))?,
                 Err(error) => {
                     run.fail(subject, &section, &error)?;
-                    sleepers.retain(|awake| awake.subject != subject);
+                    let broken = sleepers.extract_if(.., |awake| awake.subject == subject);
+                    // Why it failed is told already; this only gives its memory back to those that go on.
+                    broken.for_each(|mut awake| drop(awake.sleeper.delete()));
                     failed.push(subject);
                 }
             }
