@@ -50,6 +50,19 @@ pub struct Sleep {
     pub image_bytes: u64,
     /// The share of the image that was in the page cache just before the wake, by samples.
     pub cached: Option<f64>,
+    /// What CRIU tells of its part.
+    pub dump: Option<Dump>,
+}
+
+/// CRIU's own times of a dump, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dump {
+    /// From when it had stopped all processes until it was done.
+    pub frozen: u64,
+    /// Of this, for finding the pages of memory and taking them out of the processes.
+    pub memory: u64,
+    /// Of this, for writing them.
+    pub writing: u64,
 }
 
 /// Wakes at the same moment.

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use crate::goals::Goal;
 use crate::plan::{Cache, Subject, Workload};
-use crate::record::Cycle;
+use crate::record::{Cycle, Dump, Sleep};
 use crate::results::Results;
 use crate::statistics::Summary;
 
@@ -18,6 +18,7 @@ pub fn markdown(results: &Results, goals: &[Goal]) -> String {
     section(&mut text, "Goals", "", &goals_table(goals));
     section(&mut text, "Waking", prose::WAKING, &wakes(results, Cache::Warm));
     section(&mut text, "Falling asleep", prose::SLEEPING, &sleeps(results));
+    section(&mut text, "Where the time of a sleep goes", prose::PARTS, &parts(results));
     section(&mut text, "Waking from a cold disk", prose::COLD, &wakes(results, Cache::Cold));
     section(&mut text, "Waking at the same moment", prose::AT_ONCE, &at_once(results));
     section(&mut text, "Shims", prose::SHIMS, &shims(results));
@@ -149,6 +150,43 @@ fn sleeps(results: &Results) -> String {
         "CPU: p50",
     ];
     table(&head, &rows)
+}
+
+/// Medians of the parts of each sleep.
+fn parts(results: &Results) -> String {
+    let mut rows = Vec::new();
+    for workload in results.workloads(Cache::Warm) {
+        for subject in SUBJECTS {
+            let of = |part: fn(&Sleep, &Dump) -> u64| {
+                let part = |cycle: &Cycle| {
+                    cycle.sleep.as_ref().and_then(|sleep| Some(part(sleep, sleep.dump.as_ref()?)))
+                };
+                results.summary(workload, Cache::Warm, subject, part).map(|summary| summary.p50)
+            };
+            let Some(total) = of(|sleep, _| sleep.total_us) else { continue };
+            let parts: [fn(&Sleep, &Dump) -> u64; 4] = [
+                |_, dump| dump.writing,
+                |_, dump| dump.memory.saturating_sub(dump.writing),
+                |_, dump| dump.frozen.saturating_sub(dump.memory),
+                |sleep, dump| sleep.total_us.saturating_sub(dump.frozen),
+            ];
+            let mut row = vec![workload.to_string(), subject.to_string(), time(total)];
+            row.extend(parts.map(|part| cell(of(part).map(time))));
+            rows.push(row);
+        }
+    }
+    table(
+        &[
+            "agent",
+            "subject",
+            "total",
+            "writing pages",
+            "finding pages",
+            "CRIU's other work",
+            "before and after CRIU",
+        ],
+        &rows,
+    )
 }
 
 fn at_once(results: &Results) -> String {

@@ -159,6 +159,7 @@ pub mod tests {
             cpu_us: us,
             image_bytes: 67 << 20,
             cached: None,
+            dump: None,
         };
         Record::Cycle(Cycle {
             workload,

@@ -62,7 +62,8 @@ fn sample(file: &File) -> Result<(u32, u32)> {
     Ok((cached, looked_at))
 }
 
-fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// The files in a folder and in those below it.
+pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let entries = fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))?;
     for entry in entries {

@@ -10,7 +10,7 @@ use super::agent::{self, Place};
 use super::probe::{self, Probe};
 use super::resident::{self, Watch};
 use super::sleeper::Awake;
-use super::{Run, cache, cpu, micros};
+use super::{Run, cache, cpu, criu_stats, micros};
 use crate::plan::{self, Cache, Cycles, Subject};
 use crate::record::{Cycle, Record, Sleep};
 
@@ -86,6 +86,7 @@ fn cycle(awake: &mut Awake, cached: Cache) -> Result<Cycle> {
     let cpu_asleep = cpu::used()?;
     let image = awake.sleeper.image()?;
     let image_bytes = cache::bytes_on_disk(&image)?;
+    let dump = criu_stats::of_dump(&awake.sleeper.traces()?);
     let left = match cached {
         Cache::Warm => None,
         Cache::Cold => Some(cache::drop_cached(&image)?),
@@ -108,6 +109,7 @@ fn cycle(awake: &mut Awake, cached: Cache) -> Result<Cycle> {
             cpu_us: cpu_asleep.saturating_sub(cpu_before),
             image_bytes,
             cached: left,
+            dump,
         }),
         wake_us: wake.call_us,
         first_byte_us: wake.first_byte_us,

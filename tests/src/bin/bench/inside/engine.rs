@@ -59,6 +59,10 @@ impl Sleeper for Engine {
         Ok(self.status()?.image_dir.into())
     }
 
+    fn traces(&mut self) -> Result<PathBuf> {
+        self.image()
+    }
+
     fn wake(&mut self) -> Result<()> {
         only(self.runtime.block_on(self.client.wake(&self.place.id))?).map(drop)
     }

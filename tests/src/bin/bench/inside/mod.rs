@@ -5,6 +5,7 @@ mod at_once;
 mod cache;
 mod command;
 mod cpu;
+mod criu_stats;
 mod cycles;
 mod engine;
 mod machine;

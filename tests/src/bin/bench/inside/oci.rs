@@ -128,6 +128,10 @@ impl Sleeper for Oci {
         Ok(PathBuf::from(&self.image))
     }
 
+    fn traces(&mut self) -> Result<PathBuf> {
+        Ok(PathBuf::from(&self.work))
+    }
+
     fn wake(&mut self) -> Result<()> {
         let [image, work, cgroups] = self.paths();
         self.call(&["restore", "--detach"], &[&format!("--bundle={}", self.bundle), &image, &work, &cgroups])

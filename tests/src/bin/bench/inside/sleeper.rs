@@ -35,6 +35,8 @@ pub trait Sleeper: Send {
     fn sleep(&mut self) -> Result<Slept>;
     /// Where its image is while it sleeps.
     fn image(&mut self) -> Result<PathBuf>;
+    /// The folder below which CRIU has left its logs and statistics of the sleep.
+    fn traces(&mut self) -> Result<PathBuf>;
     /// Wakes it; comes back when the call or command does.
     fn wake(&mut self) -> Result<()>;
     /// Removes what a wake has left, off the clock.

@@ -17,6 +17,11 @@ pub const SLEEPING: &str = "\
 its end. `stands still` is the part of it from the freeze until the processes were gone, which the commands do not tell. `on disk` \
 counts the blocks that the image's files occupy.";
 
+pub const PARTS: &str = "\
+Medians, by what CRIU tells in its statistics of each dump. `CRIU's other work` is the rest of the time in which it had the processes \
+stopped: descriptors, namespaces, mounts, code put into processes. `before and after CRIU` is everything else: its start, the freeze, \
+the runtime's own work and the end of the processes.";
+
 pub const COLD: &str = "\
 Before each wake the image's files are synced and dropped from the page cache; that they are gone is verified by samples. What lies \
 below (the disk's own cache, that of a virtual machine's host) and the programs (CRIU, the runtime) are left as they are.";
