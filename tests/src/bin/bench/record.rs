@@ -113,6 +113,9 @@ pub struct Machine {
     pub kernel: String,
     /// The file system of the images and the device below it.
     pub disk: String,
+    /// How many processes wanted a CPU in the minute before the run, in hundredths: other work makes figures worse.
+    #[serde(default)]
+    pub load_percent: u64,
     /// Names and versions of programs.
     pub programs: Vec<(String, String)>,
 }

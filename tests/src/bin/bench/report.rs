@@ -316,6 +316,7 @@ mod tests {
             assert!(text.contains(part), "{part} is not in:\n{text}");
         }
         assert!(!text.contains("cold disk\n"), "no table without figures");
+        assert!(!text.contains("The machine was busy"), "{text}");
         let row = text
             .lines()
             .find(|line| line.contains("python 64 MiB") && line.contains("runc"))

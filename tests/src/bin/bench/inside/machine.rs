@@ -29,8 +29,16 @@ pub fn describe() -> Machine {
         memory: memory << 10,
         kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
         disk: disk(&read("/proc/self/mountinfo")),
+        load_percent: load_percent(&read("/proc/loadavg")),
         programs: programs(),
     }
+}
+
+/// The mean of the last minute, without its point: `0.42 …` is 42.
+fn load_percent(loadavg: &str) -> u64 {
+    let digits: String =
+        loadavg.split(' ').next().unwrap_or_default().chars().filter(char::is_ascii_digit).collect();
+    digits.parse().unwrap_or(0)
 }
 
 /// The file system below the images, and the driver of the disk below that.
@@ -89,6 +97,13 @@ mod tests {
         assert_eq!(numbers("1.28"), Some("1.28".into()));
         assert_eq!(numbers("github.com/containerd"), None);
         assert_eq!(numbers("crun"), None);
+    }
+
+    #[test]
+    fn the_load_is_that_of_the_last_minute() {
+        assert_eq!(load_percent("18.70 14.42 11.59 3/512 4711\n"), 1870);
+        assert_eq!(load_percent("0.05 0.01 0.00 1/99 7\n"), 5);
+        assert_eq!(load_percent(""), 0);
     }
 
     #[test]

@@ -66,6 +66,9 @@ they are used, whoever restores them. Asking and looking take some hundredths of
 single measurement. `make bench-quick` takes less than three minutes, writes nothing, and fails when a goal is missed.
 ";
 
+/// The load, in hundredths, above which other work has had its part in the figures.
+const BUSY_PERCENT: u64 = 100;
+
 /// The title, what ran on what, and the plots.
 pub fn head(results: &Results) -> String {
     let machine = results.machine();
@@ -86,6 +89,15 @@ pub fn head(results: &Results) -> String {
         machine.disk,
         programs.join(", ")
     );
+    if machine.load_percent > BUSY_PERCENT {
+        let _ = write!(
+            text,
+            "**The machine was busy with other work: {}.{:02} processes wanted a CPU in the minute before the run. Times say \
+             little; CPU time, memory and what is on disk hold.**\n\n",
+            machine.load_percent / 100,
+            machine.load_percent % 100
+        );
+    }
     for (file, title) in [
         ("wake.svg", "From asking for a wake to the first byte of the answer"),
         ("resident.svg", "From asking for a wake until all memory is back"),
