@@ -98,6 +98,9 @@ pub fn head(results: &Results) -> String {
             machine.load_percent % 100
         );
     }
+    if !results.done() {
+        text.push_str("**The run was ended before it had measured everything.**\n\n");
+    }
     for (file, title) in [
         ("wake.svg", "From asking for a wake to the first byte of the answer"),
         ("resident.svg", "From asking for a wake until all memory is back"),
