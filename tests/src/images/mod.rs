@@ -49,13 +49,17 @@ pub enum Image {
     Shell,
     /// The same HTTP server for node.
     NodeJs,
+    /// Fills `MEMORY_MIB` MiB of memory of every kind with a known pattern and verifies it to the last byte when it is
+    /// asked to, over HTTP or by SIGUSR1.
+    Memory,
     /// Does nothing until it is told to end: the sandbox of pods.
     Pause,
 }
 
 impl Image {
     /// All images.
-    pub const ALL: [Self; 5] = [Self::Counter, Self::Python, Self::Shell, Self::NodeJs, Self::Pause];
+    pub const ALL: [Self; 6] =
+        [Self::Counter, Self::Python, Self::Shell, Self::NodeJs, Self::Memory, Self::Pause];
 
     /// The name under which containerd has the image.
     pub fn reference(self) -> &'static str {
@@ -64,6 +68,7 @@ impl Image {
             Self::Python => "localhost/python-agent:1",
             Self::Shell => "localhost/shell:1",
             Self::NodeJs => "localhost/node-agent-js:1",
+            Self::Memory => "localhost/memory:1",
             Self::Pause => "localhost/pause:1",
         }
     }

@@ -94,6 +94,15 @@ impl Recipe {
                 node: true,
                 ..nothing
             },
+            Image::Memory => Self {
+                name: "memory",
+                entrypoint: &["/usr/bin/python3", "/memory.py"],
+                env: &[PATH, "PYTHONDONTWRITEBYTECODE=1", "PYTHONUNBUFFERED=1"],
+                texts: &[("/memory.py", include_str!("../../agents/memory.py"))],
+                programs: &["/usr/bin/python3"],
+                python: true,
+                ..nothing
+            },
             Image::Pause => Self {
                 name: "pause",
                 entrypoint: &["/pause.sh"],
