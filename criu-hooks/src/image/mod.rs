@@ -12,6 +12,7 @@
 mod directory;
 mod error;
 mod manifest;
+pub mod pagemap;
 mod store;
 mod writer;
 
