@@ -233,6 +233,7 @@ impl Engine {
         let request = prepare(job, &plan);
         let failed = |error| DumpError::Criu(Failure::new(error, writer.work_dir(), LOG));
 
+        let _writeback = writer.bound_dirty_pages();
         let launch = Launch { join: plan.join, ..Launch::new(&self.criu) };
         let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
         let mut notify = Notify {

@@ -34,7 +34,7 @@ use crate::{
         self, Event, HookError, Launch, NotifyHooks, Session,
         rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
     },
-    image::{self, Expected, Image, Mode, Outside},
+    image::{self, Expected, Image, Mode, Outside, PageCheck, Pages},
     procfs,
     spawn::{ExitFuture, Spawner},
 };
@@ -61,6 +61,8 @@ pub struct RestoreOptions {
     pub skip_file_mode_check: bool,
     /// What was kept open since the dump: from [`super::DumpReport::kept`].
     pub kept: Kept,
+    /// Which pages are compared with their checksums before anything runs.
+    pub check: Pages,
     /// How long CRIU may take.
     pub timeout: Duration,
     /// How much CRIU logs: 2 for errors and warnings, 4 for everything.
@@ -74,6 +76,7 @@ impl Default for RestoreOptions {
             file_locks: true,
             skip_file_mode_check: true,
             kept: Kept::default(),
+            check: Pages::All,
             timeout: Duration::from_mins(1),
             log_level: 2,
         }
@@ -176,6 +179,7 @@ impl Engine {
     ) -> Result<Restored, RestoreError> {
         let started = Instant::now();
         let spec_digest = &container.spec_digest;
+        image.give_up_finishing();
         image.verify(&Expected { namespace, container: &container.id, spec_digest })?;
         if container.cgroup.populated()? {
             return Err(RestoreError::Running(container.cgroup.path().to_owned()));
@@ -263,12 +267,24 @@ impl Engine {
             inherit_as(&mut request, &mut launch, key, fd);
         }
 
+        // Both go on beside CRIU: what it reads next is on its way, and what it has read is compared.
+        let _readahead = image.readahead(&[])?;
+        let check = image.check_in_background(options.check)?;
         let failed = |error| RestoreError::Criu(Failure::new(error, image.work_dir(), LOG));
         let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
-        let mut notify =
-            Notify { hooks, created: &mut attempt.created, resumed: &mut attempt.resumed, console: None };
+        let mut notify = Notify {
+            hooks,
+            created: &mut attempt.created,
+            resumed: &mut attempt.resumed,
+            console: None,
+            check,
+            refusal: None,
+        };
         let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
         let console = notify.console;
+        if let Some(refusal) = notify.refusal {
+            return Err(RestoreError::Image(refusal));
+        }
         let answered = match outcome {
             Ok(answered) => answered.map(|answer| Pid::from_raw(answer.restore.pid())),
             Err(_elapsed) => {
@@ -486,6 +502,9 @@ struct Notify<'a> {
     created: &'a mut Option<Pid>,
     resumed: &'a mut bool,
     console: Option<OwnedFd>,
+    check: PageCheck,
+    /// What the check has found.
+    refusal: Option<image::Error>,
 }
 
 #[async_trait]
@@ -501,7 +520,17 @@ impl NotifyHooks for Notify<'_> {
                 Ok(())
             }
             // The last moment at which CRIU heeds a refusal.
-            Event::PostRestore { pid: Some(pid) } => self.hooks.before_resume(pid).await,
+            Event::PostRestore { pid: Some(pid) } => {
+                match self.check.outcome().await {
+                    Ok(bytes) => tracing::debug!(bytes, "pages are as they were dumped"),
+                    Err(error) => {
+                        let words = error.to_string();
+                        self.refusal = Some(error);
+                        return Err(words.into());
+                    }
+                }
+                self.hooks.before_resume(pid).await
+            }
             Event::PreResume => {
                 *self.resumed = true;
                 Ok(())

@@ -104,10 +104,16 @@ pub(super) fn unlink_in(
 }
 
 /// Removes the directory `name` in `parent` and all in it, but never anything of another file system: a mount in it
-/// is an error.
+/// is an error. A file that somebody adds meanwhile goes too.
 pub(super) fn remove_tree(parent: BorrowedFd<'_>, name: &str, path: &Path) -> Result<(), Error> {
     let name = std::ffi::CString::new(name).map_err(|error| Error::io("remove", path, error.into()))?;
-    match remove_below(parent, &name, MAX_DEPTH) {
+    let mut removed = remove_below(parent, &name, MAX_DEPTH);
+    for _ in 0..2 {
+        if removed == Err(Errno::NOTEMPTY) {
+            removed = remove_below(parent, &name, MAX_DEPTH);
+        }
+    }
+    match removed {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
         Err(error) => Err(Error::io("remove", path, error.into())),
     }

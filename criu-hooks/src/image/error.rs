@@ -7,6 +7,8 @@ use std::{
 
 use rustix::io::Errno;
 
+use super::pagemap::PagemapError;
+
 /// What can go wrong with images.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -125,6 +127,46 @@ pub enum Error {
         image: PathBuf,
         /// The file.
         file: String,
+    },
+    /// A page has other contents than it had.
+    #[error("the file {file} of the image {} was altered at byte {offset}: the page there is not the one that was dumped", image.display())]
+    PageAltered {
+        /// The image.
+        image: PathBuf,
+        /// The pages file.
+        file: String,
+        /// Where the block with the difference begins.
+        offset: u64,
+    },
+    /// The checksums of the pages cannot be used.
+    #[error("the checksums {} cannot be used: {why}", path.display())]
+    SumsInvalid {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        why: &'static str,
+    },
+    /// A page map is not what CRIU writes.
+    #[error("the file {file} of the image {} is damaged: {source}", image.display())]
+    Pagemap {
+        /// The image.
+        image: PathBuf,
+        /// The page map.
+        file: String,
+        /// What is wrong with it.
+        source: PagemapError,
+    },
+    /// A page map points to pages that are not there, or to those of another.
+    #[error("the file {file} of the image {} is damaged: {pages} {why}", image.display())]
+    PagesMismatch {
+        /// The image.
+        image: PathBuf,
+        /// The page map.
+        file: String,
+        /// The pages file that it names.
+        pages: String,
+        /// What is wrong.
+        why: &'static str,
     },
     /// A file that the dump did not write.
     #[error("the image {} has a file {file} that the dump did not write", image.display())]

@@ -201,9 +201,18 @@ impl Manifest {
     }
 }
 
+/// The number of the file `name`, when CRIU keeps memory pages in it.
+pub(super) fn pages_number(name: &str) -> Option<u32> {
+    let number = name.strip_prefix("pages-")?.strip_suffix(".img")?;
+    number.parse().ok().filter(|parsed: &u32| parsed.to_string() == number)
+}
+
 /// Whether CRIU keeps memory pages in the file `name`.
 pub(super) fn is_pages(name: &str) -> bool {
-    name.strip_prefix("pages-")
-        .and_then(|rest| rest.strip_suffix(".img"))
-        .is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+    pages_number(name).is_some()
+}
+
+/// Whether the file `name` says where memory pages belong: of a process, or of shared memory.
+pub(super) fn is_pagemap(name: &str) -> bool {
+    name.strip_prefix("pagemap-").is_some_and(|rest| rest.strip_suffix(".img").is_some())
 }

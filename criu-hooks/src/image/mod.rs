@@ -5,31 +5,44 @@
 //!     img/            what CRIU wrote
 //!     work/           CRIU's logs
 //!     manifest.json   written last: what is in img/, and whose it is
+//!     pages.sums      checksums of memory pages, computed while the agent sleeps
 //! ```
 //! CRIU trusts its images as it trusts its own program, so everything here is root's alone, is opened without
 //! following links, and is checked against the manifest before CRIU reads it.
 
+mod check;
 mod directory;
 mod error;
+mod finish;
 mod manifest;
 pub mod pagemap;
+mod readahead;
 mod store;
+mod sums;
+mod writeback;
 mod writer;
 
 use std::{
+    collections::HashSet,
     io::Read,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use rustix::fs::FileType;
 use sha2::{Digest, Sha256};
 
+pub use check::{PageCheck, Pages};
 pub use error::Error;
+pub use finish::Finished;
 pub use manifest::{
     Facts, FileEntry, MANIFEST_VERSION, MAX_MANIFEST, Manifest, Mode, Outside, OutsideMount, Versions,
 };
+pub use readahead::{Part, Readahead};
 pub use store::Store;
+pub use sums::{BLOCK, PageSums};
+pub use writeback::Writeback;
 pub use writer::ImageWriter;
 pub(crate) use writer::Revoker;
 
@@ -58,9 +71,12 @@ pub struct Expected<'a> {
 pub struct Image {
     path: PathBuf,
     parent: OwnedFd,
+    directory: OwnedFd,
     images: OwnedFd,
     work: OwnedFd,
     manifest: Manifest,
+    manifest_sha256: [u8; 32],
+    finish: Arc<finish::Finish>,
 }
 
 impl Image {
@@ -90,7 +106,8 @@ impl Image {
     }
 
     /// Checks that the image is the container's own, of this boot of the machine, and that each file is as it was
-    /// when the dump ended: sizes of all, contents of all but the memory pages.
+    /// when the dump ended: sizes of all, contents of all but the memory pages, and that each page map fits its pages.
+    /// The pages themselves are checked by [`Image::check_in_background`] and [`PageSums`].
     ///
     /// # Errors
     /// One that names the file, or says whose the image is.
@@ -101,12 +118,65 @@ impl Image {
         if self.manifest.boot_id != boot {
             return Err(Error::OtherBoot { image: self.path.clone() });
         }
+        self.verify_manifest()?;
         for name in directory::names(self.images.as_fd(), &self.path.join(IMAGES))? {
             if !self.manifest.files.iter().any(|file| file.name == name) {
                 return Err(Error::Unlisted { image: self.path.clone(), file: name });
             }
         }
-        self.manifest.files.iter().try_for_each(|file| self.verify_file(file))
+        self.manifest.files.iter().try_for_each(|file| self.verify_file(file))?;
+        self.verify_pagemaps()
+    }
+
+    /// The same image, for another thread.
+    fn try_clone(&self) -> Result<Image, Error> {
+        let clone = |fd: &OwnedFd| fd.try_clone().map_err(|source| Error::io("open", &self.path, source));
+        Ok(Image {
+            path: self.path.clone(),
+            parent: clone(&self.parent)?,
+            directory: clone(&self.directory)?,
+            images: clone(&self.images)?,
+            work: clone(&self.work)?,
+            manifest: self.manifest.clone(),
+            manifest_sha256: self.manifest_sha256,
+            finish: Arc::clone(&self.finish),
+        })
+    }
+
+    /// What its checksums must belong to.
+    fn owner(&self) -> sums::Owner {
+        sums::Owner::new(&self.manifest, self.manifest_sha256)
+    }
+
+    /// Checks that the manifest on the disk is the one that was read. The other would do; but who changed one file may
+    /// have changed more.
+    fn verify_manifest(&self) -> Result<(), Error> {
+        match store::read_manifest(self.directory.as_fd(), &self.path)? {
+            Some(bytes) if sha256(&bytes) == self.manifest_sha256 => Ok(()),
+            Some(_) => Err(Error::Altered { image: self.path.clone(), file: MANIFEST.to_owned() }),
+            None => Err(Error::Missing { image: self.path.clone(), file: MANIFEST.to_owned() }),
+        }
+    }
+
+    /// Checks that each page map has a pages file of its own, as long as the map says.
+    fn verify_pagemaps(&self) -> Result<(), Error> {
+        let mut taken = HashSet::new();
+        for map_file in self.manifest.files.iter().filter(|file| manifest::is_pagemap(&file.name)) {
+            let map = self.pagemap(&map_file.name)?;
+            let pages = map.pages_name();
+            let bytes = self.manifest.files.iter().find(|file| file.name == pages).map(|file| file.size);
+            let why = match bytes {
+                None => "is not there",
+                Some(bytes) if map.present().checked_mul(pagemap::PAGE) != Some(bytes) => {
+                    "has not as many pages as it says"
+                }
+                Some(_) if !taken.insert(map.pages_id) => "belongs to another page map",
+                Some(_) => continue,
+            };
+            let (image, file) = (self.path.clone(), map_file.name.clone());
+            return Err(Error::PagesMismatch { image, file, pages, why });
+        }
+        Ok(())
     }
 
     fn verify_file(&self, entry: &FileEntry) -> Result<(), Error> {
@@ -147,6 +217,7 @@ impl Image {
     /// # Errors
     /// When a part of it cannot be removed; nothing outside it is touched, not even through a mount in it.
     pub fn remove(self) -> Result<(), Error> {
+        self.give_up_finishing();
         let name = self.manifest.generation.to_string();
         // Without its manifest a half-removed image is incomplete, never damaged.
         directory::unlink_in(self.parent.as_fd(), &name, MANIFEST, &self.path)?;
@@ -156,7 +227,11 @@ impl Image {
 
 /// The SHA-256 of `bytes` in hexadecimal: for the OCI spec of a container.
 pub fn digest(bytes: &[u8]) -> String {
-    hexadecimal(&Sha256::digest(bytes))
+    hexadecimal(&sha256(bytes))
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
 }
 
 fn digest_of(reader: &mut impl Read) -> std::io::Result<String> {

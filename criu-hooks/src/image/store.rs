@@ -3,8 +3,9 @@
 use std::{
     fs::File,
     io::Read,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use rustix::{
@@ -216,17 +217,9 @@ pub(super) fn open_image(
         Err(error) => return Err(fail(error)),
     };
     let manifest_path = path.join(MANIFEST);
-    let file = match directory::open_file(opened.as_fd(), MANIFEST) {
-        Ok(file) => file,
-        Err(Errno::NOENT) => return Ok(None),
-        Err(error) => return Err(Error::io("open", &manifest_path, error.into())),
+    let Some(bytes) = read_manifest(opened.as_fd(), &path)? else {
+        return Ok(None);
     };
-    let mut bytes = Vec::new();
-    let read = File::from(file).take(MAX_MANIFEST + 1).read_to_end(&mut bytes);
-    read.map_err(|source| Error::io("read", &manifest_path, source))?;
-    if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > MAX_MANIFEST {
-        return Err(Error::ManifestTooLong { path: manifest_path });
-    }
     let manifest = Manifest::parse(&bytes, &manifest_path)?;
     if manifest.generation != generation {
         let why = format!("it is of generation {}", manifest.generation);
@@ -234,7 +227,29 @@ pub(super) fn open_image(
     }
     let images = directory::open(opened.as_fd(), IMAGES).map_err(fail)?;
     let work = directory::open_or_make(opened.as_fd(), WORK).map_err(fail)?;
-    Ok(Some(Image { path, parent, images, work, manifest }))
+    let manifest_sha256 = super::sha256(&bytes);
+    let finish = Arc::default();
+    Ok(Some(Image { path, parent, directory: opened, images, work, manifest, manifest_sha256, finish }))
+}
+
+/// The manifest of a generation; `None` when it has none. `path` is the generation's.
+pub(super) fn read_manifest(generation: BorrowedFd<'_>, path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let path = path.join(MANIFEST);
+    let file = match directory::open_file(generation, MANIFEST) {
+        Ok(file) => File::from(file),
+        Err(Errno::NOENT) => return Ok(None),
+        Err(error) => return Err(Error::io("open", &path, error.into())),
+    };
+    let read = |source| Error::io("read", &path, source);
+    if !file.metadata().map_err(read)?.is_file() {
+        return Err(Error::ManifestInvalid { path, why: "it is no regular file".to_owned() });
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_MANIFEST + 1).read_to_end(&mut bytes).map_err(read)?;
+    if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > MAX_MANIFEST {
+        return Err(Error::ManifestTooLong { path });
+    }
+    Ok(Some(bytes))
 }
 
 /// The numbers of the generations in a container's directory; other names are none of ours.

@@ -35,6 +35,241 @@ fn image(store: &Store) -> Image {
     writer.open().unwrap()
 }
 
+/// Pages of a process: ten that CRIU loads, ten lazy ones, 40 of zeros, and one more.
+const MAP: [(u64, u64, u64); 4] =
+    [(0x1000, 10, 4), (0x10_0000, 10, 6), (0x20_0000, 40, 6), (0x30_0000, 1, 4)];
+
+fn pages() -> Vec<u8> {
+    let page = |number: u32| if (20..60).contains(&number) { vec![0; 4096] } else { noise(number) };
+    (0..61).flat_map(page).collect()
+}
+
+fn noise(number: u32) -> Vec<u8> {
+    (0..4096_u32)
+        .map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()[2] ^ number.to_le_bytes()[0])
+        .collect()
+}
+
+/// A complete image with a page map and its pages.
+fn image_with(store: &Store, files: &[(&str, &[u8])]) -> Image {
+    let writer = store.begin("k8s.io", "agent", None).unwrap();
+    for (name, contents) in files {
+        fs::write(writer.path().join("img").join(name), contents).unwrap();
+    }
+    writer.complete(facts()).unwrap();
+    writer.open().unwrap()
+}
+
+fn image_with_pages(store: &Store) -> Image {
+    image_with(store, &[("pagemap-1.img", &pagemap::tests::pagemap(&MAP)), ("pages-7.img", &pages())])
+}
+
+fn finish(image: &Image) -> Finished {
+    image.finish_in_background(None).unwrap().blocking_recv().unwrap()
+}
+
+fn check(image: &Image, which: Pages) -> Result<u64, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async { image.check_in_background(which).unwrap().outcome().await })
+}
+
+/// Changes one byte of a file.
+fn flip(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at] ^= 0x10;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_finished_image_is_the_same_but_smaller_and_each_of_its_pages_is_checked() {
+    let (_above, store) = store();
+    let image = image_with_pages(&store);
+    assert_eq!(check(&image, Pages::All).unwrap(), 0, "there is nothing to check with");
+    let before = image.disk_bytes().unwrap();
+    let finished = finish(&image);
+    assert_eq!(finished, Finished { summed: true, freed: 40 * 4096, clean: true });
+    assert!(before - image.disk_bytes().unwrap() >= 36 * 4096);
+    let file = image.path().join("img/pages-7.img");
+    assert_eq!(fs::read(&file).unwrap(), pages());
+    image.verify(&WANTED).unwrap();
+    assert_eq!(check(&image, Pages::All).unwrap(), 61 * 4096);
+    assert_eq!(check(&image, Pages::Eager).unwrap(), 11 * 4096);
+
+    let sums = PageSums::open(&image).unwrap().unwrap();
+    sums.check(7, 8192, &pages()[8192..20480]).unwrap();
+    for (at, eager) in [(0, true), (10 * 4096 + 5, false), (30 * 4096 + 1, false), (60 * 4096 + 4095, true)] {
+        flip(&file, at);
+        image.verify(&WANTED).unwrap();
+        let block = (at / 4096 * 4096) as u64;
+        let found = check(&image, Pages::All).unwrap_err();
+        assert!(matches!(&found, Error::PageAltered { offset, .. } if *offset == block), "{found}");
+        assert_eq!(check(&image, Pages::Eager).is_err(), eager);
+        flip(&file, at);
+    }
+    assert_eq!(check(&image, Pages::All).unwrap(), 61 * 4096);
+    // Another program's view of the same image.
+    let found = store.latest("k8s.io", "agent").unwrap().unwrap();
+    assert_eq!(check(&found, Pages::All).unwrap(), 61 * 4096);
+}
+
+#[test]
+fn checksums_that_are_not_those_that_were_written_are_refused() {
+    let (_above, store) = store();
+    let (first, second) = (image_with_pages(&store), image_with_pages(&store));
+    finish(&first);
+    finish(&second);
+    let path = second.path().join("pages.sums");
+    let (right, other) = (fs::read(&path).unwrap(), fs::read(first.path().join("pages.sums")).unwrap());
+    let refused = |image: &Image| {
+        let error = check(image, Pages::All).unwrap_err();
+        assert!(matches!(error, Error::SumsInvalid { .. }), "{error}");
+        assert!(error.to_string().contains("pages.sums"), "{error}");
+    };
+    fs::write(&path, &other).unwrap();
+    refused(&second);
+    refused(&store.latest("k8s.io", "agent").unwrap().unwrap());
+    for at in [0, 9, 20, 60, right.len() - 9, right.len() - 1] {
+        fs::write(&path, &right).unwrap();
+        flip(&path, at);
+        refused(&second);
+    }
+    fs::write(&path, &right[..right.len() - 1]).unwrap();
+    refused(&second);
+    fs::write(&path, "").unwrap();
+    fs::File::options().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();
+    refused(&second);
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    refused(&second);
+    fs::remove_dir(&path).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+    refused(&second);
+    fs::remove_file(&path).unwrap();
+    symlink("manifest.json", &path).unwrap();
+    refused(&second);
+    fs::remove_file(&path).unwrap();
+    assert!(matches!(check(&second, Pages::All), Err(Error::Missing { file, .. }) if file == "pages.sums"));
+    fs::write(&path, &right).unwrap();
+    check(&second, Pages::All).unwrap();
+}
+
+#[test]
+fn pages_and_checksums_of_another_generation_are_refused_together() {
+    let (_above, store) = store();
+    let first = image_with_pages(&store);
+    let mut changed = pages();
+    changed[5] ^= 1;
+    let second =
+        image_with(&store, &[("pagemap-1.img", &pagemap::tests::pagemap(&MAP)), ("pages-7.img", &changed)]);
+    finish(&first);
+    finish(&second);
+    for file in ["img/pages-7.img", "pages.sums"] {
+        fs::copy(first.path().join(file), second.path().join(file)).unwrap();
+    }
+    second.verify(&WANTED).unwrap();
+    assert!(matches!(check(&second, Pages::All), Err(Error::SumsInvalid { .. })));
+}
+
+#[test]
+fn finishing_that_is_given_up_leaves_nothing_and_harms_nothing() {
+    let (_above, store) = store();
+    for _ in 0..20 {
+        let image = image_with_pages(&store);
+        let told = image.finish_in_background(None).unwrap();
+        image.give_up_finishing();
+        let names = directory::names(image.directory.as_fd(), image.path()).unwrap();
+        let summed = names.iter().any(|name| name == "pages.sums");
+        assert!(names.iter().all(|name| ["img", "work", "manifest.json", "pages.sums"].contains(&&**name)));
+        assert_eq!(fs::read(image.path().join("img/pages-7.img")).unwrap(), pages());
+        assert_eq!(check(&image, Pages::All).unwrap() > 0, summed);
+        assert_eq!(told.blocking_recv().unwrap().summed, summed);
+        // One that is removed while it is finished.
+        let other = image_with_pages(&store);
+        drop(other.finish_in_background(None).unwrap());
+        let path = other.path().to_owned();
+        other.remove().unwrap();
+        assert!(!path.exists());
+    }
+}
+
+#[test]
+fn a_page_map_that_does_not_fit_its_pages_is_refused() {
+    let (_above, store) = store();
+    let map = |entries: &[(u64, u64, u64)]| pagemap::tests::pagemap(entries);
+    let pages = pages();
+    let verified = |files: &[(&str, &[u8])]| image_with(&store, files).verify(&WANTED);
+    let refused = |files: &[(&str, &[u8])], words: &[&str]| {
+        let error = verified(files).unwrap_err();
+        assert!(matches!(error, Error::Pagemap { .. } | Error::PagesMismatch { .. }), "{error}");
+        let error = error.to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    verified(&[("pagemap-1.img", &map(&MAP)), ("pages-7.img", &pages)]).unwrap();
+    let overlapping = [(0x1000, 60, 4), (0x2000, 1, 4)];
+    refused(
+        &[("pagemap-1.img", &map(&overlapping)), ("pages-7.img", &pages)],
+        &["pagemap-1.img", "overlaps"],
+    );
+    let outside = [(0x1000, 62, 4)];
+    let wrong = &["pagemap-1.img", "pages-7.img", "not as many"];
+    refused(&[("pagemap-1.img", &map(&outside)), ("pages-7.img", &pages)], wrong);
+    refused(&[("pagemap-1.img", &map(&[(0x1000, 60, 4)])), ("pages-7.img", &pages)], wrong);
+    refused(&[("pagemap-1.img", &map(&[(0x1000, 1 << 40, 4)])), ("pages-7.img", &pages)], wrong);
+    refused(&[("pagemap-1.img", &map(&MAP))], &["pagemap-1.img", "pages-7.img", "not there"]);
+    refused(
+        &[("pagemap-1.img", &map(&MAP)), ("pagemap-2.img", &map(&MAP)), ("pages-7.img", &pages)],
+        &["pagemap-2.img", "another page map"],
+    );
+    refused(&[("pagemap-shmem-9.img", b"nonsense"), ("pages-7.img", &pages)], &["pagemap-shmem-9.img"]);
+}
+
+#[test]
+fn a_manifest_that_was_changed_since_is_refused_even_when_what_it_says_is_known() {
+    let (_above, store) = store();
+    let image = image(&store);
+    let path = image.path().join("manifest.json");
+    let right = fs::read(&path).unwrap();
+    let altered = || match image.verify(&WANTED) {
+        Err(Error::Altered { file, .. }) => file == "manifest.json",
+        other => panic!("{other:?}"),
+    };
+    fs::write(&path, [&right[..], b" "].concat()).unwrap();
+    assert!(altered());
+    flip(&path, 40);
+    assert!(altered());
+    fs::File::options().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();
+    assert!(matches!(image.verify(&WANTED), Err(Error::ManifestTooLong { .. })));
+    fs::remove_file(&path).unwrap();
+    assert!(matches!(image.verify(&WANTED), Err(Error::Missing { .. })));
+    rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+    assert!(matches!(image.verify(&WANTED), Err(Error::ManifestInvalid { .. })));
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, &right).unwrap();
+    image.verify(&WANTED).unwrap();
+}
+
+#[test]
+fn an_image_that_is_on_the_disk_can_leave_the_page_cache() {
+    // On the disk of the build, for a tmpfs is nothing but page cache.
+    let above = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let store = Store::open(above.path().join("images")).unwrap();
+    let image = image_with_pages(&store);
+    assert_eq!(image.readahead(&[]).unwrap().cold_bytes(), 0);
+    let told = image.finish_in_background(Some(std::time::Duration::from_millis(1))).unwrap();
+    assert!(told.blocking_recv().unwrap().clean);
+    let is_cold = || {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        image.readahead(&[Part { number: 7, offset: 0, length: 4096 }]).unwrap().cold_bytes() > 0
+    };
+    assert!((0..100).any(|_| is_cold()), "it is still in memory");
+    let is_warm = || {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        image.readahead(&[]).unwrap().cold_bytes() == 0
+    };
+    assert!((0..100).any(|_| is_warm()), "readahead reads nothing");
+    image.verify(&WANTED).unwrap();
+}
+
 #[test]
 fn a_complete_image_is_found_and_verifies() {
     let (_above, store) = store();

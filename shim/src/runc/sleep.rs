@@ -185,6 +185,9 @@ impl RuncContainer {
         };
         let image = Arc::new(image.ok_or_else(|| failed("CRIU killed without a last word"))?);
         let stopped = frozen.elapsed();
+        if let Err(error) = image.finish_in_background(None) {
+            warn!(id = %self.id, %error, "its image has no checksums of its pages");
+        }
         let report = DumpReport {
             stopped,
             image_bytes: image.bytes(),
