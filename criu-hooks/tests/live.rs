@@ -54,6 +54,57 @@ mod kills;
 #[path = "live/mounts.rs"]
 mod mounts;
 
+/// Puts another page map in place, and a manifest that has its right size and digest.
+fn forge_pagemap(image: &Path, bytes: &[u8]) {
+    fs::write(image.join("img/pagemap-1.img"), bytes).unwrap();
+    let path = image.join("manifest.json");
+    let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let files = manifest["files"].as_array_mut().unwrap();
+    let entry = files.iter_mut().find(|file| file["name"] == "pagemap-1.img").unwrap();
+    entry["size"] = json!(bytes.len());
+    entry["sha256"] = json!(image::digest(bytes));
+    fs::write(&path, serde_json::to_vec(&manifest).unwrap()).unwrap();
+}
+
+on_a_node!(a_page_map_that_lies_is_refused_before_criu_runs_though_its_digest_is_right, async || {
+    let mut agent = Agent::start("lied", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    agent.dump().await.unwrap();
+    let kept = agent.image().path().to_owned();
+    let [map, manifest] =
+        ["img/pagemap-1.img", "manifest.json"].map(|name| fs::read(kept.join(name)).unwrap());
+    // Up to its entries, and its last entry.
+    let record =
+        |at: usize| 4 + usize::try_from(u32::from_le_bytes(map[at..at + 4].try_into().unwrap())).unwrap();
+    let mut ends = vec![8];
+    while *ends.last().unwrap() < map.len() {
+        let end = *ends.last().unwrap();
+        ends.push(end + record(end));
+    }
+    let last_entry = &map[ends[ends.len() - 2]..];
+    let overlapping = [&map[..], last_entry].concat();
+    let outside = map[..ends[ends.len() - 2]].to_vec();
+    for (bytes, words) in [
+        (overlapping, ["pagemap-1.img", "overlaps"]),
+        (outside, ["pagemap-1.img", "not as many pages"]),
+        (map[..map.len() - 1].to_vec(), ["pagemap-1.img", "ends within"]),
+        (b"nonsense".to_vec(), ["pagemap-1.img", "does not begin"]),
+    ] {
+        forge_pagemap(&kept, &bytes);
+        let error = agent.restore().await.unwrap_err();
+        assert!(matches!(error, RestoreError::Image(_)), "{error}");
+        let error = error.to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        assert!(!kept.join("work/restore.log").exists(), "CRIU was run");
+    }
+    fs::write(kept.join("img/pagemap-1.img"), &map).unwrap();
+    fs::write(kept.join("manifest.json"), manifest).unwrap();
+    agent.restore().await.unwrap();
+    agent.count_on(last, 0).await;
+    agent.assert_running();
+    agent.delete();
+});
+
 on_a_node!(a_counter_goes_on_over_five_cycles, async || {
     let mut agent = Agent::start("counter", &Setup::default());
     let mut last = agent.count_on(0, 5).await;

@@ -269,7 +269,7 @@ impl Engine {
 
         // Both go on beside CRIU: what it reads next is on its way, and what it has read is compared.
         let _readahead = image.readahead(&[])?;
-        let check = image.check_in_background(options.check)?;
+        let check = image.check_in_background(options.check);
         let failed = |error| RestoreError::Criu(Failure::new(error, image.work_dir(), LOG));
         let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
         let mut notify = Notify {

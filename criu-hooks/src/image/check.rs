@@ -71,15 +71,12 @@ impl Drop for PageCheck {
 impl Image {
     /// Begins to read pages and to compare them with the checksums, meant to run beside CRIU and to be heard before
     /// anything runs; with several threads when there is much.
-    ///
-    /// # Errors
-    /// When there is no descriptor for it.
-    pub fn check_in_background(&self, which: Pages) -> Result<PageCheck, Error> {
-        let image = self.try_clone()?;
+    pub fn check_in_background(&self, which: Pages) -> PageCheck {
+        let image = self.clone();
         let given_up = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&given_up);
         let checking = tokio::task::spawn_blocking(move || image.check_pages(which, threads(), &flag));
-        Ok(PageCheck { checking, given_up, image: self.path.clone() })
+        PageCheck { checking, given_up, image: self.path.clone() }
     }
 
     /// Compares pages on this thread and others.

@@ -176,6 +176,9 @@ pub enum Error {
         /// The file.
         file: String,
     },
+    /// Another directory has taken the place of the image, or of its files.
+    #[error("{} is not the directory that the dump wrote: put that one back", .0.display())]
+    Displaced(PathBuf),
     /// The image belongs to another container.
     #[error("the image {} belongs to container {found:?}, not to {expected:?}", image.display())]
     ForeignContainer {

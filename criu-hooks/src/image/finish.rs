@@ -103,17 +103,16 @@ impl Image {
     /// back when it needs it. With `drop_cache_after` it is given back so long after that, needed or not.
     ///
     /// # Errors
-    /// When there is no thread or descriptor for it; the image is none the worse.
+    /// When there is no thread for it; the image is none the worse.
     pub fn finish_in_background(
         &self,
         drop_cache_after: Option<Duration>,
     ) -> Result<oneshot::Receiver<Finished>, Error> {
         let failed = |source| Error::io("finish", &self.path, source);
-        let clone = |fd: &OwnedFd| fd.try_clone().map_err(failed);
         let work = Work {
             path: self.path.clone(),
-            directory: clone(&self.directory)?,
-            images: clone(&self.images)?,
+            directory: Arc::clone(&self.directory),
+            images: Arc::clone(&self.images),
             owner: self.owner(),
             state: Arc::clone(&self.finish),
         };
@@ -157,8 +156,8 @@ impl Image {
 /// All that the thread needs.
 struct Work {
     path: PathBuf,
-    directory: OwnedFd,
-    images: OwnedFd,
+    directory: Arc<OwnedFd>,
+    images: Arc<OwnedFd>,
     owner: Owner,
     state: Arc<Finish>,
 }

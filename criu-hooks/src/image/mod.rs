@@ -66,14 +66,14 @@ pub struct Expected<'a> {
     pub spec_digest: &'a str,
 }
 
-/// A complete image.
-#[derive(Debug)]
+/// A complete image. A clone is the same image, for another thread.
+#[derive(Debug, Clone)]
 pub struct Image {
     path: PathBuf,
-    parent: OwnedFd,
-    directory: OwnedFd,
-    images: OwnedFd,
-    work: OwnedFd,
+    parent: Arc<OwnedFd>,
+    directory: Arc<OwnedFd>,
+    images: Arc<OwnedFd>,
+    work: Arc<OwnedFd>,
     manifest: Manifest,
     manifest_sha256: [u8; 32],
     finish: Arc<finish::Finish>,
@@ -118,6 +118,7 @@ impl Image {
         if self.manifest.boot_id != boot {
             return Err(Error::OtherBoot { image: self.path.clone() });
         }
+        self.verify_place()?;
         self.verify_manifest()?;
         for name in directory::names(self.images.as_fd(), &self.path.join(IMAGES))? {
             if !self.manifest.files.iter().any(|file| file.name == name) {
@@ -128,24 +129,27 @@ impl Image {
         self.verify_pagemaps()
     }
 
-    /// The same image, for another thread.
-    fn try_clone(&self) -> Result<Image, Error> {
-        let clone = |fd: &OwnedFd| fd.try_clone().map_err(|source| Error::io("open", &self.path, source));
-        Ok(Image {
-            path: self.path.clone(),
-            parent: clone(&self.parent)?,
-            directory: clone(&self.directory)?,
-            images: clone(&self.images)?,
-            work: clone(&self.work)?,
-            manifest: self.manifest.clone(),
-            manifest_sha256: self.manifest_sha256,
-            finish: Arc::clone(&self.finish),
-        })
-    }
-
     /// What its checksums must belong to.
     fn owner(&self) -> sums::Owner {
         sums::Owner::new(&self.manifest, self.manifest_sha256)
+    }
+
+    /// Checks that the names on the disk still lead to what is open here: else an image that is removed could be that
+    /// of somebody else.
+    fn verify_place(&self) -> Result<(), Error> {
+        let number = self.manifest.generation.to_string();
+        let places = [
+            (&self.parent, number.as_str(), &self.directory, self.path.clone()),
+            (&self.directory, IMAGES, &self.images, self.path.join(IMAGES)),
+        ];
+        for (parent, name, held, path) in places {
+            let found = directory::open(parent.as_fd(), name).and_then(rustix::fs::fstat);
+            let held = rustix::fs::fstat(held).map_err(|error| Error::io("stat", &path, error.into()))?;
+            if !found.is_ok_and(|found| (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)) {
+                return Err(Error::Displaced(path));
+            }
+        }
+        Ok(())
     }
 
     /// Checks that the manifest on the disk is the one that was read. The other would do; but who changed one file may
@@ -218,6 +222,7 @@ impl Image {
     /// When a part of it cannot be removed; nothing outside it is touched, not even through a mount in it.
     pub fn remove(self) -> Result<(), Error> {
         self.give_up_finishing();
+        self.verify_place()?;
         let name = self.manifest.generation.to_string();
         // Without its manifest a half-removed image is incomplete, never damaged.
         directory::unlink_in(self.parent.as_fd(), &name, MANIFEST, &self.path)?;

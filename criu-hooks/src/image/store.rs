@@ -227,9 +227,10 @@ pub(super) fn open_image(
     }
     let images = directory::open(opened.as_fd(), IMAGES).map_err(fail)?;
     let work = directory::open_or_make(opened.as_fd(), WORK).map_err(fail)?;
+    let [parent, directory, images, work] = [parent, opened, images, work].map(Arc::new);
     let manifest_sha256 = super::sha256(&bytes);
     let finish = Arc::default();
-    Ok(Some(Image { path, parent, directory: opened, images, work, manifest, manifest_sha256, finish }))
+    Ok(Some(Image { path, parent, directory, images, work, manifest, manifest_sha256, finish }))
 }
 
 /// The manifest of a generation; `None` when it has none. `path` is the generation's.

@@ -70,7 +70,7 @@ fn finish(image: &Image) -> Finished {
 
 fn check(image: &Image, which: Pages) -> Result<u64, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    runtime.block_on(async { image.check_in_background(which).unwrap().outcome().await })
+    runtime.block_on(async { image.check_in_background(which).outcome().await })
 }
 
 /// Changes one byte of a file.
@@ -221,6 +221,28 @@ fn a_page_map_that_does_not_fit_its_pages_is_refused() {
         &["pagemap-2.img", "another page map"],
     );
     refused(&[("pagemap-shmem-9.img", b"nonsense"), ("pages-7.img", &pages)], &["pagemap-shmem-9.img"]);
+}
+
+#[test]
+fn an_image_that_is_not_in_its_place_is_neither_used_nor_removed() {
+    let (_above, store) = store();
+    for inside in ["", "img"] {
+        let (mine, other) = (image(&store), image(&store));
+        let (here, there) = (mine.path().join(inside), other.path().join(inside));
+        let exchange = || {
+            use rustix::fs::{CWD, RenameFlags, renameat_with};
+            renameat_with(CWD, &here, CWD, &there, RenameFlags::EXCHANGE).unwrap();
+        };
+        exchange();
+        assert!(matches!(mine.verify(&WANTED), Err(Error::Displaced(path)) if path == here));
+        assert!(matches!(mine.clone().remove(), Err(Error::Displaced(_))));
+        assert!(other.path().join("img/core-1.img").exists());
+        exchange();
+        mine.verify(&WANTED).unwrap();
+        other.verify(&WANTED).unwrap();
+        mine.remove().unwrap();
+        other.verify(&WANTED).unwrap();
+    }
 }
 
 #[test]

@@ -7,14 +7,14 @@
 use std::{
     os::fd::{AsFd, OwnedFd},
     path::Path,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError, Weak},
     thread,
     time::Duration,
 };
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 
-use super::{ImageWriter, directory, manifest::is_pages};
+use super::{ImageWriter, directory, manifest::is_pages, writer::Generation};
 
 /// How many bytes may be dirty before they are written to the disk. Smaller dumps are left to themselves: they are over
 /// before it would help.
@@ -35,11 +35,9 @@ impl ImageWriter {
     /// without.
     pub fn bound_dirty_pages(&self) -> Writeback {
         let over = Arc::new((Mutex::new(false), Condvar::new()));
-        if let Ok(images) = self.images_dir().try_clone_to_owned() {
-            let (path, over) = (self.path().to_owned(), Arc::clone(&over));
-            let builder = thread::Builder::new().name("writeback".to_owned()).stack_size(STACK);
-            let _ = builder.spawn(move || watch(&images, &path, &over));
-        }
+        let (generation, told) = (Arc::downgrade(&self.generation), Arc::clone(&over));
+        let builder = thread::Builder::new().name("writeback".to_owned()).stack_size(STACK);
+        let _ = builder.spawn(move || watch(&generation, &told));
         Writeback { over }
     }
 }
@@ -52,7 +50,7 @@ impl Drop for Writeback {
     }
 }
 
-fn watch(images: &OwnedFd, path: &Path, (over, changed): &(Mutex<bool>, Condvar)) {
+fn watch(generation: &Weak<Generation>, (over, changed): &(Mutex<bool>, Condvar)) {
     let mut written = 0;
     loop {
         let guard = over.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,11 +58,14 @@ fn watch(images: &OwnedFd, path: &Path, (over, changed): &(Mutex<bool>, Condvar)
         if *waited.unwrap_or_else(PoisonError::into_inner).0 {
             return;
         }
-        match write_back(images, path, written) {
+        let Some(generation) = generation.upgrade() else {
+            return;
+        };
+        match write_back(&generation.images, &generation.path, written) {
             Ok(now) => written = now,
             Err(error) => {
                 // CRIU meets the same trouble, and has more to say about it.
-                tracing::debug!(image = %path.display(), %error, "pages are not written to the disk early");
+                tracing::debug!(image = %generation.path.display(), %error, "pages are not written early");
                 return;
             }
         }

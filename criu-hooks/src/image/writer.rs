@@ -34,19 +34,19 @@ enum State {
 /// A new generation. Dropping it before it is complete removes it.
 #[derive(Debug)]
 pub struct ImageWriter {
-    generation: Arc<Generation>,
+    pub(super) generation: Arc<Generation>,
 }
 
 /// What outlives the writer while a thread still reads files.
 #[derive(Debug)]
-struct Generation {
-    path: PathBuf,
+pub(super) struct Generation {
+    pub(super) path: PathBuf,
     namespace: String,
     container: String,
     number: u64,
     parent: OwnedFd,
     directory: OwnedFd,
-    images: OwnedFd,
+    pub(super) images: OwnedFd,
     work: OwnedFd,
     state: Mutex<State>,
 }
