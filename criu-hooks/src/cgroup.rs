@@ -360,4 +360,35 @@ mod tests {
         assert!(matches!(Cgroup::at(elsewhere.path()), Err(Error::NotUnified(_))));
         assert!(matches!(Cgroup::at(elsewhere.path().join("none")), Err(Error::Gone(_))));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_upsets_the_parsers(text in "\\PC*|([a-z0:]{0,9}[ :/]?[01/]{0,4}\n){0,6}") {
+            let _ = parse_events(&text);
+            let _ = unified_path(&text);
+        }
+
+        /// Whatever a path says, it leads nowhere but below the mount.
+        #[test]
+        fn a_resolved_path_stays_below_the_mount(root in "/([a-z.]{0,3}/?){0,3}", inside in "/([a-z.]{0,3}/?){0,5}") {
+            if let Some(path) = resolve(Path::new("/sys/fs/cgroup"), Path::new(&root), &inside) {
+                proptest::prop_assert!(path.starts_with("/sys/fs/cgroup"));
+                proptest::prop_assert!(!path.components().any(|part| part == std::path::Component::ParentDir));
+            }
+        }
+
+        #[test]
+        fn events_are_read_in_any_order(populated: bool, frozen: bool, other in "[a-z]{1,9}") {
+            let mut lines = [
+                format!("populated {}", u8::from(populated)),
+                format!("x{other} 1"),
+                format!("frozen {}", u8::from(frozen)),
+            ];
+            for _ in 0..3 {
+                lines.rotate_left(1);
+                let events = parse_events(&lines.join("\n"));
+                proptest::prop_assert_eq!((events.populated, events.frozen), (populated, frozen));
+            }
+        }
+    }
 }

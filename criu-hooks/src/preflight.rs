@@ -408,4 +408,11 @@ mod tests {
         let newer = script("echo Version: 5.0");
         assert_eq!(Preflight::new(&newer, &LocalSpawner).version().await.unwrap().major, 5);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_upsets_the_version(text in "\\PC*|Version: [0-9.]{0,40}") {
+            let _ = Version::parse(&text);
+        }
+    }
 }

@@ -78,13 +78,19 @@ pub fn tracer(pid: Pid) -> io::Result<Option<Pid>> {
         let Ok(status) = fs::read(task?.path().join("status")) else {
             continue;
         };
-        let status = String::from_utf8_lossy(&status);
-        let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
-        if let Some(pid) = tracer.and_then(|text| Pid::from_raw(text.trim().parse().ok()?)) {
+        if let Some(pid) = parse_tracer(&status) {
             return Ok(Some(pid));
         }
     }
     Ok(None)
+}
+
+/// The tracer in a `/proc/PID/status`.
+fn parse_tracer(status: &[u8]) -> Option<Pid> {
+    let status = String::from_utf8_lossy(status);
+    let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
+    // Pids of the kernel are positive.
+    Pid::from_raw(tracer.trim().parse().ok().filter(|pid| *pid > 0)?)
 }
 
 /// Whether a thread of `pid` waits for a child that it has started by `vfork` and that has not yet run its own program.
@@ -252,6 +258,24 @@ mod tests {
         fn no_bytes_upset_the_parsers(bytes: Vec<u8>) {
             let _ = parse_stat(&bytes);
             let _ = parse_mountinfo(&bytes);
+            let _ = parse_tracer(&bytes);
+        }
+
+        #[test]
+        fn fields_are_read_whatever_stands_around_them(
+            comm in "\\PC{0,15}",
+            ppid in 0_i32..,
+            start: u64,
+            tracer in 1_i32..,
+            other in "[A-Z][a-z]{0,9}",
+        ) {
+            let zeros = ["0"; 17].join(" ");
+            let line = format!("7 ({comm}) S {ppid} {zeros} {start} 0 0\n");
+            let stat = parse_stat(line.as_bytes()).unwrap();
+            proptest::prop_assert_eq!((stat.comm, stat.state), (comm, 'S'));
+            proptest::prop_assert_eq!((stat.ppid, stat.start_time), (ppid, start));
+            let status = format!("Name:\tx\n{other}:\t9\nTracerPid:\t{tracer}\n");
+            proptest::prop_assert_eq!(parse_tracer(status.as_bytes()), Pid::from_raw(tracer));
         }
     }
 }

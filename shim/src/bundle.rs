@@ -125,4 +125,28 @@ mod tests {
         fs::write(bundle.path().join("config.json"), b"{\"ociVersion\":").unwrap();
         assert!(matches!(read_spec(bundle.path()), Err(BundleError::Parse { .. })));
     }
+
+    #[test]
+    fn a_specification_beyond_measure_is_not_read() {
+        let bundle = tempfile::tempdir().unwrap();
+        fs::File::create(bundle.path().join("config.json")).unwrap().set_len(1 << 40).unwrap();
+        assert!(matches!(read_spec(bundle.path()), Err(BundleError::TooLarge { .. })));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn arbitrary_bytes_are_no_specification(bytes: Vec<u8>) {
+            let bundle = tempfile::tempdir().unwrap();
+            fs::write(bundle.path().join("config.json"), bytes).unwrap();
+            let refused = matches!(read_spec(bundle.path()), Err(BundleError::Parse { .. }));
+            proptest::prop_assert!(refused);
+        }
+
+        #[test]
+        fn whatever_annotations_say_there_is_a_group(key in "\\PC{0,40}", value in "\\PC{0,40}", id in "[a-z]{1,9}") {
+            let spec = spec(&[(&key, &value), (CONTAINER_TYPE, &value), (SANDBOX_ID, &value)]);
+            proptest::prop_assert!([&value, &id].contains(&&group(&spec, &id).to_owned()));
+            proptest::prop_assert_eq!(Identity::of(&spec).is_sandbox, value == "sandbox");
+        }
+    }
 }

@@ -440,4 +440,16 @@ mod tests {
             }
         }
     }
+
+    proptest! {
+        #[test]
+        fn a_bundle_of_arbitrary_bytes_is_refused_and_left_as_it_is(bytes: Vec<u8>, ignore: bool) {
+            let bundle = tempfile::tempdir().unwrap();
+            let path = bundle.path().join("config.json");
+            fs::write(&path, &bytes).unwrap();
+            let parsed = serde_json::from_slice::<Value>(&bytes).is_ok();
+            prop_assert_eq!(check_bundle(bundle.path(), &Available::default(), ignore).is_ok(), parsed);
+            prop_assert_eq!(fs::read(&path).unwrap(), bytes);
+        }
+    }
 }

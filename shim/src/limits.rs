@@ -76,7 +76,10 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, LimitError> 
     let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
     unified.sort();
     for (file, value) in unified {
-        if file.contains('/') || !file.contains('.') {
+        // A file of a controller is called like `memory.max`, and never by dots alone.
+        let named =
+            file.split_once('.').is_some_and(|(controller, name)| !controller.is_empty() && !name.is_empty());
+        if file.contains(['/', '\0']) || !named {
             return Err(LimitError::NoFile(file.clone()));
         }
         set(&mut all, file, value.clone());
@@ -215,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_file_outside_the_cgroup_is_refused() {
-        for name in ["../memory.max", "/etc/passwd", "cgroup"] {
+        for name in ["../memory.max", "/etc/passwd", "cgroup", ".", "..", "memory.", "a.\0"] {
             let resources = serde_json::from_value(serde_json::json!({"unified": {name: "1"}})).unwrap();
             assert!(matches!(settings(&resources), Err(LimitError::NoFile(_))), "{name}");
         }
@@ -237,5 +240,29 @@ mod tests {
         let missing = Setting { file: "memory.max".to_owned(), value: "1".to_owned() };
         let error = apply(dir.path(), &[missing]).unwrap_err();
         assert!(error.to_string().contains("lacks the controller memory"), "{error}");
+    }
+
+    proptest::proptest! {
+        /// Whatever a request calls a file, it is one of the cgroup's own.
+        #[test]
+        fn no_name_leads_out_of_the_cgroup(name in "\\PC{0,20}|[a-z./]{1,12}", value in "\\PC{0,20}") {
+            let resources = serde_json::from_value(serde_json::json!({"unified": {name: value}})).unwrap();
+            if let Ok(all) = settings(&resources) {
+                for setting in all {
+                    let path = Path::new(&setting.file);
+                    proptest::prop_assert_eq!(path.components().count(), 1);
+                    proptest::prop_assert_eq!(path.file_name(), Some(path.as_os_str()));
+                }
+            }
+        }
+
+        #[test]
+        fn no_content_of_cpu_max_is_more_than_one_word(text in "\\PC{0,40}") {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("cpu.max");
+            fs::write(&path, &text).unwrap();
+            let quota = kept_quota(&path);
+            proptest::prop_assert!(!quota.is_empty() && !quota.contains(char::is_whitespace));
+        }
     }
 }

@@ -81,4 +81,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert!(OomWatch::new(dir.path()).unwrap().is_none());
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_upsets_it_and_its_own_line_counts(noise in "\\PC{0,40}", kills: u64) {
+            let _ = oom_kills(&noise);
+            proptest::prop_assume!(!noise.starts_with("oom_kill "));
+            proptest::prop_assert_eq!(oom_kills(&format!("{noise}\noom_kill {kills}\noom 7\n")), kills);
+        }
+    }
 }

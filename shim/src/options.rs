@@ -4,7 +4,8 @@
 //! both come as `runtimeoptions.v1.Options`. What is not set has a default; what is not known is an error.
 
 use std::{
-    fmt, fs, io,
+    fmt, fs,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -281,7 +282,12 @@ impl Options {
     /// [`OptionsError::Read`], [`OptionsError::Toml`].
     pub fn load(bundle: &Path) -> Result<Self, OptionsError> {
         let path = bundle.join(FILE);
-        let text = match fs::read(&path) {
+        let read = || -> io::Result<Vec<u8>> {
+            let mut text = Vec::new();
+            fs::File::open(&path)?.take(MAX_FILE).read_to_end(&mut text)?;
+            Ok(text)
+        };
+        let text = match read() {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(source) => return Err(OptionsError::Read { path, source }),
@@ -458,6 +464,37 @@ mod tests {
     }
 
     proptest! {
+        /// What is kept in a bundle is what was there, and nothing else is taken for it.
+        #[test]
+        fn what_is_saved_is_loaded_and_other_bytes_are_refused(
+            image_dir in "/[a-z/]{0,20}",
+            ignore: bool,
+            level in prop::sample::select(vec![LogLevel::Error, LogLevel::Info, LogLevel::Trace]),
+            bytes: Vec<u8>,
+        ) {
+            let bundle = tempfile::tempdir().unwrap();
+            let options = Options {
+                image_dir: image_dir.into(),
+                ignore_missing_controllers: ignore,
+                log_level: level,
+                ..Options::default()
+            };
+            options.save(bundle.path()).unwrap();
+            prop_assert_eq!(Options::load(bundle.path()).unwrap(), options);
+            fs::write(bundle.path().join(FILE), bytes).unwrap();
+            let refused = matches!(Options::load(bundle.path()), Err(OptionsError::Toml { .. }));
+            prop_assert!(refused);
+        }
+
+        #[test]
+        fn arbitrary_text_is_options_or_an_error_that_names_its_origin(
+            text in "\\PC{0,60}|[a-z_]{1,20} = (\"[a-z/]{0,9}\"|true|[0-9]{1,3})\n",
+        ) {
+            if let Err(error) = Options::from_toml(&text, "/etc/here.toml") {
+                prop_assert!(error.to_string().contains("/etc/here.toml"), "{}", error);
+            }
+        }
+
         /// Whatever bytes come, decoding ends with options or an error.
         #[test]
         fn arbitrary_bytes_never_panic(value in prop::collection::vec(any::<u8>(), 0..200)) {

@@ -146,3 +146,27 @@ fn mounts_are_found_by_their_root() {
     assert!(root.mount_at(Path::new("/proc/self")).unwrap().is_none());
     assert!(root.mount_at(Path::new("/nonexistent")).unwrap().is_none());
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_specification_makes_it_panic(bytes: Vec<u8>) {
+        let (Some(cgroup), bundle) = (cgroup(), tempfile::tempdir().unwrap()) else { return Ok(()) };
+        std::fs::write(bundle.path().join("config.json"), &bytes).unwrap();
+        let refused = matches!(Container::load("c1", bundle.path(), cgroup), Err(Error::Invalid { .. }));
+        proptest::prop_assert!(refused);
+    }
+
+    /// A byte of it changed: a container that is derived keeps its root below what the bundle says, or an error.
+    #[test]
+    fn a_specification_with_a_byte_changed_is_derived_or_refused(at: proptest::sample::Index, byte: u8) {
+        let (Some(cgroup), bundle) = (cgroup(), tempfile::tempdir().unwrap()) else { return Ok(()) };
+        let mounts = r#"{"destination": "/etc/hosts", "type": "bind", "source": "/h", "options": ["rbind"]}"#;
+        let mut bytes = spec(mounts, USUAL).into_bytes();
+        let at = at.index(bytes.len());
+        bytes[at] = byte;
+        std::fs::write(bundle.path().join("config.json"), &bytes).unwrap();
+        if let Ok(container) = Container::load("c1", bundle.path(), cgroup) {
+            proptest::prop_assert_eq!(container.spec_digest, image::digest(&bytes));
+        }
+    }
+}

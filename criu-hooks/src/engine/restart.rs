@@ -314,4 +314,15 @@ mod tests {
             let _ = restarted(&with_magic);
         }
     }
+
+    proptest! {
+        /// Only the threads that CRIU names, whatever else its log holds.
+        #[test]
+        fn arbitrary_logs_name_no_other_threads(noise in "\\PC{0,60}", thread: u32) {
+            prop_assume!(!noise.contains("Will restore"));
+            let log = format!("{noise}\n(0.1) Will restore {thread} with interrupted system call\n{noise}");
+            prop_assert_eq!(interrupted(&log).collect::<Vec<_>>(), [thread]);
+            prop_assert_eq!(interrupted(&noise).count(), 0);
+        }
+    }
 }

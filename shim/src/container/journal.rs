@@ -4,7 +4,7 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     path::{Path, PathBuf},
 };
 
@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 
 /// The journal's name in the bundle.
 const FILE: &str = "agentcube-journal.json";
+/// The longest journal that is read: a path and a few words.
+const MAX_FILE: u64 = 64 << 10;
 
 /// What the shim is about to do, or has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,7 +104,13 @@ impl Journal {
     /// # Errors
     /// [`JournalError::Read`], [`JournalError::Damaged`].
     pub fn read(&self) -> Result<Option<Record>, JournalError> {
-        let text = match fs::read(&self.path) {
+        let read = || -> std::io::Result<Vec<u8>> {
+            let mut text = Vec::new();
+            // What is longer ends in the middle and is damaged.
+            fs::File::open(&self.path)?.take(MAX_FILE).read_to_end(&mut text)?;
+            Ok(text)
+        };
+        let text = match read() {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => {
@@ -118,6 +126,8 @@ impl Journal {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -145,5 +155,43 @@ mod tests {
         let journal = Journal::in_bundle(Path::new("/nonexistent/bundle"));
         let error = journal.write(&Record { phase: Phase::Running, pid: 1, image: None }).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/bundle/agentcube-journal.json"), "{error}");
+    }
+
+    #[test]
+    fn a_journal_beyond_measure_is_damaged_and_not_read_whole() {
+        let bundle = tempfile::tempdir().unwrap();
+        let journal = Journal::in_bundle(bundle.path());
+        fs::File::create(&journal.path).unwrap().set_len(1 << 40).unwrap();
+        assert!(matches!(journal.read(), Err(JournalError::Damaged { .. })));
+    }
+
+    fn phases() -> impl Strategy<Value = Phase> {
+        prop::sample::select(vec![
+            Phase::Running,
+            Phase::Dumping,
+            Phase::Checkpointed,
+            Phase::Restoring,
+            Phase::Stopped,
+        ])
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(phase in phases(), pid: u32, image in prop::option::of("/\\PC{0,40}")) {
+            let bundle = tempfile::tempdir().unwrap();
+            let journal = Journal::in_bundle(bundle.path());
+            let record = Record { phase, pid, image: image.map(PathBuf::from) };
+            journal.write(&record).unwrap();
+            prop_assert_eq!(journal.read().unwrap(), Some(record));
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_damage(bytes: Vec<u8>) {
+            let bundle = tempfile::tempdir().unwrap();
+            let journal = Journal::in_bundle(bundle.path());
+            fs::write(&journal.path, bytes).unwrap();
+            let damaged = matches!(journal.read(), Err(JournalError::Damaged { .. }));
+            prop_assert!(damaged);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read},
     os::fd::OwnedFd,
     path::Path,
 };
@@ -109,10 +109,15 @@ pub(super) fn of(pid: Pid, exit: ExitWatch) -> Process {
     }
 }
 
+/// The longest pid file that is read: what is longer is no number.
+const MAX_PID: u64 = 32;
+
 /// Reads the pid that runc wrote.
 pub(super) fn read_pid(path: &Path) -> Result<Pid, RuntimeError> {
     let failed = |why: String| RuntimeError::Failed(format!("runc's pid file {}: {why}", path.display()));
-    let text = fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    let mut text = String::new();
+    let read = fs::File::open(path).and_then(|file| file.take(MAX_PID).read_to_string(&mut text));
+    read.map_err(|error| failed(error.to_string()))?;
     text.trim().parse().ok().and_then(Pid::from_raw).ok_or_else(|| failed(format!("{text:?} is no pid")))
 }
 
@@ -139,7 +144,6 @@ pub(super) fn runc_error(what: &str, error: runc::error::Error, log: &Path) -> R
 
 /// The last error of runc's log.
 pub(super) fn last_error(log: &Path) -> Option<String> {
-    use std::io::Read;
     let file = fs::File::open(log).ok()?;
     BufReader::new(file.take(MAX_LOG))
         .lines()
@@ -194,5 +198,31 @@ mod tests {
         assert!(read_pid(&path).unwrap_err().to_string().contains("init.pid"));
         fs::write(&path, "42\n").unwrap();
         assert_eq!(number(read_pid(&path).unwrap()), 42);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn arbitrary_files_are_no_pid_and_no_trouble(bytes: Vec<u8>) {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), &bytes).unwrap();
+            let number = std::str::from_utf8(&bytes).ok().and_then(|text| text.trim().parse::<i32>().ok());
+            proptest::prop_assert_eq!(read_pid(file.path()).is_ok(), number.is_some_and(|pid| pid > 0));
+            let _ = last_error(file.path());
+        }
+
+        #[test]
+        fn the_last_error_of_a_log_is_found(message in "\\PC{1,40}", noise in "\\PC{0,40}") {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let line = serde_json::json!({ "level": "error", "msg": message });
+            fs::write(file.path(), format!("{line}\n{noise}\n")).unwrap();
+            proptest::prop_assert_eq!(last_error(file.path()), Some(message));
+        }
+
+        #[test]
+        fn a_pid_is_read(pid in 1_i32..) {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), format!("{pid}\n")).unwrap();
+            proptest::prop_assert_eq!(read_pid(file.path()).unwrap().as_raw_nonzero().get(), pid);
+        }
     }
 }
