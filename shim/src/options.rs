@@ -91,6 +91,9 @@ pub struct Options {
     pub memory_limit_mib: u64,
     /// Where images of sleeping agents are kept.
     pub image_dir: PathBuf,
+    /// How many seconds after it was written to the disk an image may stay in the page cache; without it, until the
+    /// kernel needs the memory.
+    pub image_cache_seconds: Option<u64>,
     /// Leave limits out whose cgroup v2 controller the node lacks, rather than refuse the container.
     pub ignore_missing_controllers: bool,
     /// Let runc use systemd for cgroups.
@@ -108,6 +111,7 @@ impl Default for Options {
             criu_mode: CriuMode::default(),
             memory_limit_mib: 16,
             image_dir: "/var/lib/agentcube/images".into(),
+            image_cache_seconds: None,
             ignore_missing_controllers: false,
             systemd_cgroup: false,
             log_level: LogLevel::default(),

@@ -6,11 +6,14 @@
 mod sleeper;
 
 use std::fs;
-use std::os::unix::fs::{FileExt as _, symlink};
+use std::io::IoSliceMut;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
+use agentcube_tests::node::Node;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use sleeper::{Remembering, SOON, assert_refused, on_node, python, run, start};
+use rustix::io::ReadWriteFlags;
+use sleeper::{Remembering, SOON, assert_refused, configured, on_node, python, run, start, start_with};
 
 /// Asleep, with the checksums of its pages.
 fn asleep(agent: &Remembering<'_>) -> PathBuf {
@@ -190,4 +193,69 @@ fn files_of_another_generation_are_refused() {
     }
     assert_unharmed(&mut agent, shim, &image);
     fs::remove_dir_all(&kept).unwrap();
+}
+
+/// Mounts a file system of its own for images, and gives back the options that name it.
+fn image_disk(node: &Node, mebibytes: u32) -> String {
+    node.sh(&format!("mkdir /mnt/images && mount -t tmpfs -o mode=700,size={mebibytes}M none /mnt/images"))
+        .unwrap();
+    let path = "/etc/agentcube/disk.toml";
+    node.write_file(path, "ignore_missing_controllers = true\nimage_dir = \"/mnt/images\"\n").unwrap();
+    path.to_owned()
+}
+
+#[test]
+fn a_disk_that_fills_up_while_pages_are_written_costs_nothing_but_the_sleep() {
+    let node = start();
+    let disk = image_disk(&node, 160);
+    let mut agent = run(&node, &configured(python("a").env("BALLAST_MIB", &120), &disk));
+    // Full after the first page, in the middle, and near the end of 120 MiB and more.
+    for used in [158, 100, 45] {
+        node.sh(&format!("head -c {used}M /dev/zero > /mnt/images/filler")).unwrap();
+        assert_refused(&agent.sleep(), &["cannot put a to sleep", "full", "no space left"]);
+        agent.assert_state("running");
+        agent.assert_running_for_containerd();
+        agent.assert_whole();
+        // What was written is gone: the others on this disk have their space back.
+        assert_eq!(node.sh("cd /mnt/images && find . -type f ! -name filler").unwrap(), "");
+    }
+    node.sh("rm /mnt/images/filler").unwrap();
+    agent.sleeps();
+    agent.wakes();
+}
+
+/// Whether the beginning of a file can be read without waiting for the disk.
+fn is_cached(file: &Path) -> bool {
+    let file = fs::File::open(file).unwrap();
+    let mut byte = [0];
+    let read = rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut byte)], 0, ReadWriteFlags::NOWAIT);
+    read.is_ok_and(|length| length == 1)
+}
+
+#[test]
+fn an_image_leaves_the_page_cache_when_that_is_wanted_and_wakes_all_the_same() {
+    let node = start_with("image_cache_seconds = 1\n");
+    let mut agent = run(&node, &python("a").env("BALLAST_MIB", &32));
+    let pages = asleep(&agent).join("img/pages-1.img");
+    node.wait_until("the page cache to be given back", SOON, || Ok(!is_cached(&pages))).unwrap();
+    agent.wakes();
+    agent.sleeps();
+    agent.wakes();
+}
+
+#[test]
+fn zero_pages_take_no_space_in_an_image() {
+    let node = start();
+    let zeros = "import os
+zeros = bytearray(64 << 20)
+zeros[::4096] = b'x' * (16 << 10)
+zeros[:32 << 20] = bytes(32 << 20)
+exec(open('/agent.py').read())";
+    let mut agent = run(&node, &python("a").args(&["/usr/bin/python3", "-c", zeros]));
+    let image = asleep(&agent);
+    let pages = image.join("img/pages-1.img");
+    let sizes = || fs::metadata(&pages).map(|file| (file.len(), file.blocks() * 512)).unwrap();
+    node.wait_until("the space to be given back", SOON, || Ok(sizes().0 - sizes().1 > 31 << 20)).unwrap();
+    assert!(sizes().0 > 64 << 20);
+    agent.wakes();
 }

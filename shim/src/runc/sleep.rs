@@ -185,7 +185,8 @@ impl RuncContainer {
         };
         let image = Arc::new(image.ok_or_else(|| failed("CRIU killed without a last word"))?);
         let stopped = frozen.elapsed();
-        if let Err(error) = image.finish_in_background(None) {
+        let cached = self.options.image_cache_seconds.map(Duration::from_secs);
+        if let Err(error) = image.finish_in_background(cached) {
             warn!(id = %self.id, %error, "its image has no checksums of its pages");
         }
         let report = DumpReport {
