@@ -12,7 +12,7 @@ use criu_hooks::{
     container::Container,
     criu::HookError,
     engine::{DumpError, DumpHooks, DumpOptions, InheritFd, Kept, RestoreHooks, RestoreOptions},
-    image::{self, Expected, Image, ImageWriter, Mode, Store},
+    image::{self, Expected, Image, ImageWriter, Mode, Pages, Store},
     preflight::Preflight,
 };
 use rustix::process::Pid;
@@ -235,7 +235,10 @@ impl RuncContainer {
             ImageKind::Runc(image) => {
                 let (namespace, id) = (self.namespace.as_str(), self.id.as_str());
                 let spec_digest = container.spec_digest.as_str();
+                image.give_up_finishing();
                 image.verify(&Expected { namespace, container: id, spec_digest }).map_err(failed)?;
+                // runc cannot be stopped before its container runs, so all pages are looked at first.
+                image.check_in_background(Pages::All).outcome().await.map_err(failed)?;
                 (self.restore_with_runc(image, &inherit, container.has_terminal).await?, RUNC)
             }
         };
