@@ -7,6 +7,7 @@ pub mod container;
 pub mod criu;
 pub mod engine;
 pub mod image;
+pub mod pager;
 pub mod preflight;
 pub mod procfs;
 mod readiness;

@@ -51,6 +51,8 @@ macro_rules! on_a_node {
 mod fast;
 #[path = "live/kills.rs"]
 mod kills;
+#[path = "live/lazy.rs"]
+mod lazy;
 #[path = "live/mounts.rs"]
 mod mounts;
 

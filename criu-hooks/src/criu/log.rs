@@ -62,6 +62,8 @@ pub enum Cause {
     BadImage,
     /// A process could not be stopped in time: a debugger, or a wait for a device.
     Timeout,
+    /// The kernel refuses lazy restores.
+    Userfaultfd,
     /// None of these.
     Other,
 }
@@ -94,6 +96,8 @@ const KNOWN: &[(&[&str], Cause)] = &[
     (&["pid namespace", "nested"], Cause::UnsupportedNamespace),
     (&["Can't fork for", "File exists"], Cause::PidTaken),
     (&["do not match expected"], Cause::PidTaken),
+    (&["userfaultfd"], Cause::Userfaultfd),
+    (&["lazy-pages:"], Cause::Userfaultfd),
     (&["No space left on device"], Cause::DiskFull),
     (&["Cannot allocate memory"], Cause::OutOfMemory),
     (&["agic doesn't match"], Cause::BadImage),
@@ -170,6 +174,7 @@ impl Cause {
             Cause::Timeout => {
                 "a process could not be stopped in time: a debugger, or a device that does not answer"
             }
+            Cause::Userfaultfd => "allow userfaultfd to root, or turn lazy restores off",
             Cause::Other => "see CRIU's log",
         }
     }

@@ -137,6 +137,11 @@ impl Failure {
         self.reason.as_ref().is_some_and(|reason| reason.cause != log::Cause::Other)
     }
 
+    /// Whether it comes from this.
+    fn is_caused_by(&self, cause: log::Cause) -> bool {
+        self.reason.as_ref().is_some_and(|reason| reason.cause == cause)
+    }
+
     /// Looks for the reason of `error` in the log `name` of `directory`.
     fn new(error: criu::Error, directory: impl std::os::fd::AsFd, name: &str) -> Failure {
         let reason = match &error {

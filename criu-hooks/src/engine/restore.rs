@@ -35,6 +35,7 @@ use crate::{
         rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
     },
     image::{self, Expected, Image, Mode, Outside, PageCheck, Pages},
+    pager::{self, Eager, Fill, LazyOptions, Place},
     procfs,
     spawn::{ExitFuture, Spawner},
 };
@@ -67,6 +68,8 @@ pub struct RestoreOptions {
     pub timeout: Duration,
     /// How much CRIU logs: 2 for errors and warnings, 4 for everything.
     pub log_level: u8,
+    /// Let the agent run before all of its memory is there.
+    pub lazy: Option<LazyOptions>,
 }
 
 impl Default for RestoreOptions {
@@ -79,6 +82,7 @@ impl Default for RestoreOptions {
             check: Pages::All,
             timeout: Duration::from_mins(1),
             log_level: 2,
+            lazy: None,
         }
     }
 }
@@ -92,6 +96,8 @@ pub struct Restored {
     pub console: Option<OwnedFd>,
     /// From the call to the end.
     pub total: Duration,
+    /// What is still to come of its memory, or why all of it is there.
+    pub fill: Result<Fill, Eager>,
 }
 
 /// Why a container does not run again. The image is untouched, and nothing else is left.
@@ -159,6 +165,13 @@ pub enum RestoreError {
     },
 }
 
+impl RestoreError {
+    /// Whether an eager restore may succeed where this lazy one did not.
+    pub fn is_lazy_refused(&self) -> bool {
+        matches!(self, RestoreError::Criu(failure) if failure.is_caused_by(criu::log::Cause::Userfaultfd))
+    }
+}
+
 impl Engine {
     /// Restores `container`, of the containerd namespace `namespace`, from `image`. `inherit` stands in for pipes and
     /// files that the processes had from outside. The first process becomes a child of this process, and is reaped by
@@ -206,23 +219,49 @@ impl Engine {
             root: Some(root),
             session: None,
             dying: None,
+            fill: None,
             created: None,
             resumed: false,
             failed: true,
             in_background: false,
         };
+        let (fill, eager) = match self.start_fill(container, image, options) {
+            Ok(fill) => (Some(fill), None),
+            Err(eager) => (None, Some(eager)),
+        };
+        attempt.fill = fill;
         let result = self.try_restore(&mut attempt, container, image, options, memory, inherit, hooks).await;
         match result {
             Ok((pid, console)) => {
                 attempt.failed = false;
                 attempt.root = None;
-                Ok(Restored { pid, console, total: started.elapsed() })
+                let fill = attempt.fill.take().ok_or(eager.unwrap_or(Eager::Off));
+                Ok(Restored { pid, console, total: started.elapsed(), fill })
             }
             Err(error) => {
                 attempt.settle().await;
                 Err(error)
             }
         }
+    }
+
+    /// A pager for a restore that can be lazy.
+    fn start_fill(
+        &self,
+        container: &Container,
+        image: &Image,
+        options: &RestoreOptions,
+    ) -> Result<Fill, Eager> {
+        let lazy = options.lazy.as_ref().ok_or(Eager::Off)?;
+        pager::consider(lazy, image, &container.cgroup)?;
+        let place = Place {
+            images: image.images_dir(),
+            work: image.work_dir(),
+            store: image.container_dir(),
+            generation: image.manifest().generation,
+            cgroup: &container.cgroup,
+        };
+        pager::start(&place, lazy, &self.spawner).map_err(Eager::Pager)
     }
 
     /// From the mounted root file system to processes that run.
@@ -251,6 +290,7 @@ impl Engine {
         }
         opts.set_rst_sibling(true);
         opts.set_evasive_devices(true);
+        opts.set_lazy_pages(attempt.fill.is_some());
         opts.set_tcp_close(options.tcp_close);
         opts.set_file_locks(options.file_locks);
         opts.set_skip_file_rwx_check(options.skip_file_mode_check);
@@ -419,6 +459,8 @@ struct Attempt {
     root: Option<RootMount>,
     session: Option<Session>,
     dying: Option<ExitFuture>,
+    /// Of a lazy restore.
+    fill: Option<Fill>,
     /// The first process, once there is one.
     created: Option<Pid>,
     /// CRIU's work was done, and it was about to let the processes go.
@@ -449,6 +491,9 @@ impl Attempt {
         }
         let _ = self.cgroup.thaw_now();
         self.ghosts.remove();
+        if let Some(fill) = self.fill.take() {
+            fill.abandon().await;
+        }
         self.root = None;
         self.failed = false;
     }
@@ -487,6 +532,7 @@ impl Drop for Attempt {
             root: self.root.take(),
             session: None,
             dying: self.dying.take(),
+            fill: self.fill.take(),
             created: self.created.take(),
             resumed: false,
             failed: true,

@@ -100,6 +100,11 @@ impl Image {
         self.work.as_fd()
     }
 
+    /// The directory of all images of its container.
+    pub(crate) fn container_dir(&self) -> BorrowedFd<'_> {
+        self.parent.as_fd()
+    }
+
     /// How many bytes CRIU's files have, by the manifest.
     pub fn bytes(&self) -> u64 {
         self.manifest.files.iter().map(|file| file.size).sum()

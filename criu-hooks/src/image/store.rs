@@ -13,6 +13,8 @@ use rustix::{
     io::Errno,
 };
 
+use crate::pager::WorkingSet;
+
 use super::{Error, IMAGES, Image, ImageWriter, MANIFEST, MAX_MANIFEST, Manifest, SPARE, WORK, directory};
 
 /// How often a new generation is tried while somebody else removes the directories above it or takes its number.
@@ -168,6 +170,7 @@ impl Store {
             directory::unlink_in(parent.as_fd(), &name, MANIFEST, &path.join(&name))?;
             directory::remove_tree(parent.as_fd(), &name, &path.join(&name))?;
         }
+        WorkingSet::remove(parent.as_fd());
         self.remove_empty(namespace, container);
         Ok(())
     }

@@ -152,6 +152,13 @@ impl Agent {
         };
     }
 
+    /// What it has said and nobody has looked at.
+    pub fn rest(&mut self) -> String {
+        let mut rest = std::mem::take(&mut self.seen);
+        rest.push_str(&drain(&mut self.output.0));
+        rest
+    }
+
     pub async fn dump(&mut self) -> Result<DumpReport, DumpError> {
         self.dump_with(&DumpOptions::default()).await
     }

@@ -1,0 +1,127 @@
+//! Whether a restore can be lazy, and is better so.
+
+use std::io;
+
+use super::{LazyOptions, uffd};
+use crate::{
+    cgroup::Cgroup,
+    image::{
+        Image,
+        pagemap::{PAGE, Pagemap, PagemapError},
+    },
+};
+
+/// Why a restore was eager: all memory was in place before anything ran.
+#[derive(Debug, thiserror::Error)]
+pub enum Eager {
+    /// It was not asked for.
+    #[error("lazy restore is off")]
+    Off,
+    /// There is not enough to gain.
+    #[error("only {bytes} bytes could come later, less than {least}")]
+    Small {
+        /// Bytes of lazy memory.
+        bytes: u64,
+        /// The bytes from which on it is lazy.
+        least: u64,
+    },
+    /// A page map that only CRIU may understand.
+    #[error(transparent)]
+    Pagemap(#[from] PagemapError),
+    /// Lazy pages are in a parent image.
+    #[error("lazy pages are in a parent image")]
+    Parent,
+    /// The memory would not fit: better the restore fails than the agent that runs.
+    #[error("the memory of the image, {bytes} bytes, is more than the container's limit of {limit}")]
+    Limit {
+        /// Bytes of memory in the image.
+        bytes: u64,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// The kernel does not allow it.
+    #[error("the kernel refuses userfaultfd: {0}")]
+    Refused(io::Error),
+    /// The pager or the means to end the container are not there.
+    #[error("the pager cannot be started: {0}")]
+    Pager(io::Error),
+}
+
+/// What the page maps of an image say.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Amount {
+    /// Pages of memory, lazy or not.
+    pages: u64,
+    /// Pages that may come later.
+    lazy: u64,
+    /// Some of these are in a parent image.
+    in_parent: bool,
+}
+
+impl Amount {
+    fn of<'a>(maps: impl IntoIterator<Item = &'a Pagemap>) -> Amount {
+        maps.into_iter().flat_map(|map| &map.entries).fold(Amount::default(), |sum, entry| Amount {
+            pages: sum.pages + entry.pages,
+            lazy: sum.lazy + if entry.lazy { entry.pages } else { 0 },
+            in_parent: sum.in_parent || (entry.lazy && entry.in_parent),
+        })
+    }
+}
+
+/// Decides from the facts.
+fn decide(amount: Amount, least: u64, limit: Option<u64>) -> Result<(), Eager> {
+    let (bytes, all) = (amount.lazy * PAGE, amount.pages * PAGE);
+    if bytes == 0 || bytes < least {
+        return Err(Eager::Small { bytes, least });
+    }
+    if amount.in_parent {
+        return Err(Eager::Parent);
+    }
+    match limit {
+        Some(limit) if all > limit => Err(Eager::Limit { bytes: all, limit }),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the restore of `image` into `cgroup` is to be lazy; the reason when not.
+pub(crate) fn consider(options: &LazyOptions, image: &Image, cgroup: &Cgroup) -> Result<(), Eager> {
+    let names = image.manifest().files.iter().map(|file| file.name.as_str());
+    let of_process = names.filter(|name| {
+        let id = name.strip_prefix("pagemap-").and_then(|rest| rest.strip_suffix(".img"));
+        id.is_some_and(|id| id.bytes().all(|byte| byte.is_ascii_digit()))
+    });
+    let maps = of_process.map(|name| Pagemap::read(image.images_dir(), name));
+    let maps = maps.collect::<Result<Vec<_>, _>>()?;
+    let limit = std::fs::read_to_string(cgroup.path().join("memory.max")).ok();
+    decide(Amount::of(&maps), options.least_bytes, limit.and_then(|text| text.trim().parse().ok()))?;
+    uffd::probe().map_err(Eager::Refused)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::image::pagemap::tests::pagemap;
+
+    #[test]
+    fn all_processes_count() {
+        let maps = [
+            Pagemap::parse(&pagemap(&[(0x1000, 10, 6), (0x20000, 5, 4)])).unwrap(),
+            Pagemap::parse(&pagemap(&[(0x1000, 7, 6), (0x20000, 5, 1)])).unwrap(),
+        ];
+        assert_eq!(Amount::of(&maps), Amount { pages: 27, lazy: 17, in_parent: false });
+        let parent = Pagemap::parse(&pagemap(&[(0x1000, 10, 3)])).unwrap();
+        assert!(Amount::of([&parent]).in_parent);
+    }
+
+    #[test]
+    fn lazy_only_where_it_gains_and_fits() {
+        let amount = Amount { pages: 2000, lazy: 1000, in_parent: false };
+        assert!(decide(amount, 1000 * PAGE, None).is_ok());
+        assert!(matches!(decide(amount, 1001 * PAGE, None), Err(Eager::Small { .. })));
+        assert!(matches!(decide(Amount::default(), 0, None), Err(Eager::Small { bytes: 0, .. })));
+        assert!(decide(amount, 0, Some(2000 * PAGE)).is_ok());
+        assert!(matches!(decide(amount, 0, Some(2000 * PAGE - 1)), Err(Eager::Limit { .. })));
+        assert!(matches!(decide(Amount { in_parent: true, ..amount }, 0, None), Err(Eager::Parent)));
+    }
+}

@@ -1,0 +1,247 @@
+//! Which pages of a process are still missing, and which page of the image belongs to each address.
+//!
+//! Pages of the image are named by their number among the lazy pages of the process (its *source*); addresses change
+//! as the process moves its memory.
+
+use std::collections::BTreeMap;
+
+use super::uffd::Event;
+use crate::image::pagemap::PAGE;
+
+/// Consecutive missing pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Run {
+    /// The address of the first.
+    pub address: u64,
+    /// Which page of the image it is.
+    pub source: u64,
+    /// How many pages.
+    pub pages: u64,
+}
+
+/// The missing pages of a process.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Space {
+    /// By address: the first source, and how many pages.
+    runs: BTreeMap<u64, (u64, u64)>,
+    pages: u64,
+}
+
+impl Space {
+    /// How many pages are missing.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Adds missing pages where none were.
+    pub fn insert(&mut self, run: Run) {
+        self.pages += run.pages;
+        self.runs.insert(run.address, (run.source, run.pages));
+    }
+
+    /// The page of the image that is missing at `address`.
+    pub fn at(&self, address: u64) -> Option<u64> {
+        let (start, (source, pages)) = self.runs.range(..=address).next_back()?;
+        let page = (address - start) / PAGE;
+        (page < *pages).then_some(source + page)
+    }
+
+    /// The first missing pages at or above `address`, at most `most` of them. They are consecutive in the image, so that
+    /// they can be read at once, and fall into runs of consecutive addresses.
+    pub fn gather(&self, address: u64, most: u64, found: &mut Vec<Run>) {
+        found.clear();
+        let mut room = most;
+        let inside = self.at(address).map(|source| {
+            let (start, (_, pages)) = self.runs.range(..=address).next_back().unwrap_or((&0, &(0, 0)));
+            Run { address, source, pages: pages - (address - start) / PAGE }
+        });
+        let from = inside.map_or(address, |run| run.address + run.pages * PAGE);
+        let above =
+            self.runs.range(from..).map(|(&address, &(source, pages))| Run { address, source, pages });
+        for run in inside.into_iter().chain(above) {
+            let follows = found.last().is_none_or(|last| last.source + last.pages == run.source);
+            if room == 0 || !follows {
+                return;
+            }
+            let pages = run.pages.min(room);
+            room -= pages;
+            found.push(Run { pages, ..run });
+        }
+    }
+
+    /// Takes all from `start` to `end` out, as it is in place or gone.
+    pub fn cut(&mut self, start: u64, end: u64) -> Vec<Run> {
+        if start >= end {
+            return Vec::new();
+        }
+        self.split(start);
+        self.split(end);
+        let cut: Vec<Run> = self
+            .runs
+            .extract_if(start..end, |_, _| true)
+            .map(|(address, (source, pages))| Run { address, source, pages })
+            .collect();
+        self.pages -= cut.iter().map(|run| run.pages).sum::<u64>();
+        cut
+    }
+
+    /// Heeds what the process did with its memory.
+    pub fn apply(&mut self, event: Event) {
+        match event {
+            Event::Fault(_) | Event::Fork(_) => {}
+            Event::Remove { start, end } => {
+                self.cut(start, end);
+            }
+            Event::Remap { from, to, bytes } => {
+                let moved = self.cut(from, from.saturating_add(bytes));
+                self.cut(to, to.saturating_add(bytes));
+                for run in moved {
+                    self.insert(Run { address: run.address.wrapping_sub(from).wrapping_add(to), ..run });
+                }
+            }
+        }
+    }
+
+    /// Takes out whatever `placed` knows to be in place, by its source.
+    pub fn discard(&mut self, placed: impl Fn(u64) -> bool) {
+        let runs = std::mem::take(self).runs;
+        for (address, (source, pages)) in runs {
+            let mut page = 0;
+            while page < pages {
+                let first = page;
+                let is_placed = placed(source + first);
+                while page < pages && placed(source + page) == is_placed {
+                    page += 1;
+                }
+                if !is_placed {
+                    let address = address + first * PAGE;
+                    self.insert(Run { address, source: source + first, pages: page - first });
+                }
+            }
+        }
+    }
+
+    /// Makes a run begin at `address`, when it is inside one.
+    fn split(&mut self, address: u64) {
+        let Some((&start, &(source, pages))) = self.runs.range(..address).next_back() else { return };
+        // Never in the middle of a page: what is half gone is gone.
+        let before = (address - start).div_ceil(PAGE);
+        if before < pages {
+            self.runs.insert(start, (source, before));
+            self.runs.insert(start + before * PAGE, (source + before, pages - before));
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn space(runs: &[(u64, u64, u64)]) -> Space {
+        let mut space = Space::default();
+        for (page, source, pages) in runs {
+            space.insert(Run { address: page * PAGE, source: *source, pages: *pages });
+        }
+        space
+    }
+
+    /// Page by page: the address's page, and the source.
+    fn pages(space: &Space) -> BTreeMap<u64, u64> {
+        let mut pages = BTreeMap::new();
+        for (address, (source, count)) in &space.runs {
+            for page in 0..*count {
+                assert!(pages.insert(address / PAGE + page, source + page).is_none(), "{space:?}");
+            }
+        }
+        assert_eq!(pages.len() as u64, space.pages());
+        pages
+    }
+
+    #[test]
+    fn what_is_read_at_once_is_consecutive_in_the_image() {
+        let space = space(&[(1, 0, 4), (10, 4, 2), (20, 9, 3)]);
+        let mut found = Vec::new();
+        space.gather(2 * PAGE, 100, &mut found);
+        let first = Run { address: 2 * PAGE, source: 1, pages: 3 };
+        assert_eq!(found, [first, Run { address: 10 * PAGE, source: 4, pages: 2 }]);
+        space.gather(2 * PAGE, 4, &mut found);
+        assert_eq!(found, [first, Run { address: 10 * PAGE, source: 4, pages: 1 }]);
+        space.gather(30 * PAGE, 4, &mut found);
+        assert_eq!(found, []);
+    }
+
+    /// What happens to memory, in pages.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Placed(u64, u64),
+        Removed(u64, u64),
+        Moved(u64, u64, u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0u64..70, 0u64..20).prop_map(|(at, pages)| Step::Placed(at, pages)),
+            (0u64..70, 0u64..20).prop_map(|(at, pages)| Step::Removed(at, pages)),
+            // The kernel lets no area move onto itself.
+            (0u64..30, 0u64..20, 50u64..70).prop_map(|(from, pages, to)| Step::Moved(from, to, pages)),
+            (50u64..70, 0u64..20, 0u64..30).prop_map(|(from, pages, to)| Step::Moved(from, to, pages)),
+        ]
+    }
+
+    proptest! {
+        /// The runs say the same as a table of single pages.
+        #[test]
+        fn runs_agree_with_single_pages(steps in prop::collection::vec(step(), 0..30), asked in 0u64..90) {
+            let mut space = space(&[(5, 0, 20), (25, 20, 5), (40, 25, 9), (60, 40, 3)]);
+            let mut model = pages(&space);
+            for step in steps {
+                match step {
+                    Step::Placed(at, pages) => {
+                        space.cut(at * PAGE, (at + pages) * PAGE);
+                        model.retain(|page, _| *page < at || *page >= at + pages);
+                    }
+                    Step::Removed(at, pages) => {
+                        space.apply(Event::Remove { start: at * PAGE, end: (at + pages) * PAGE });
+                        model.retain(|page, _| *page < at || *page >= at + pages);
+                    }
+                    Step::Moved(from, to, pages) => {
+                        space.apply(Event::Remap { from: from * PAGE, to: to * PAGE, bytes: pages * PAGE });
+                        let moved: Vec<_> = (from..from + pages).filter_map(|page| Some((page, model.remove(&page)?))).collect();
+                        model.retain(|page, _| *page < to || *page >= to + pages);
+                        model.extend(moved.into_iter().map(|(page, source)| (page - from + to, source)));
+                    }
+                }
+            }
+            prop_assert_eq!(&pages(&space), &model);
+            prop_assert_eq!(space.at(asked * PAGE), model.get(&asked).copied());
+            let mut found = Vec::new();
+            space.gather(asked * PAGE, 7, &mut found);
+            let gathered: Vec<_> = found
+                .iter()
+                .flat_map(|run| (0..run.pages).map(|page| (run.address / PAGE + page, run.source + page)))
+                .collect();
+            prop_assert_eq!(gathered.is_empty(), model.range(asked..).next().is_none());
+            prop_assert!(gathered.len() <= 7);
+            for (expected, found) in model.range(asked..).zip(&gathered) {
+                prop_assert_eq!((*expected.0, *expected.1), *found);
+            }
+            space.discard(|source| source % 3 == 0);
+            model.retain(|_, source| *source % 3 != 0);
+            prop_assert_eq!(&pages(&space), &model);
+        }
+
+        /// Whatever an event says.
+        #[test]
+        fn arbitrary_events_never_panic(words in any::<[u64; 3]>(), event in 0x12u32..0x17) {
+            let mut space = space(&[(5, 0, 20), (40, 25, 9)]);
+            if let Some(event) = Event::decode(&super::super::uffd::tests::message(event, words)) {
+                space.apply(event);
+            }
+        }
+    }
+}
