@@ -33,6 +33,9 @@ use crate::{
 /// Carries the log level from `start`, which gets the options, to the server.
 const LOG_LEVEL: &str = "AGENTCUBE_LOG_LEVEL";
 
+/// The action by which the shim starts itself as the pager of a lazy restore.
+pub const PAGER: &str = "pager";
+
 /// How long the last events may take to reach containerd when the shim ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 

@@ -13,7 +13,10 @@ use containerd_shim::protos::{
     protobuf::{CodedInputStream, Message, well_known_types::any::Any},
     shim::oci::Options as RuncOptions,
 };
+use criu_hooks::pager::{self, LazyOptions};
 use serde::{Deserialize, Serialize};
+
+use crate::daemon::PAGER;
 
 /// Where the options are kept in the bundle, for the action `delete`, which gets none.
 const FILE: &str = "agentcube-options.json";
@@ -98,6 +101,12 @@ pub struct Options {
     pub ignore_missing_controllers: bool,
     /// Let runc use systemd for cgroups.
     pub systemd_cgroup: bool,
+    /// Let a woken agent run before all of its memory is there.
+    pub lazy_restore: bool,
+    /// With less memory than this, in MiB, all of it is restored first.
+    pub lazy_restore_min_mib: u64,
+    /// The most memory, in MiB, that is remembered of what an agent needs at once after a wake; 0 for none.
+    pub working_set_max_mib: u64,
     /// How much is logged.
     pub log_level: LogLevel,
 }
@@ -114,6 +123,9 @@ impl Default for Options {
             image_cache_seconds: None,
             ignore_missing_controllers: false,
             systemd_cgroup: false,
+            lazy_restore: true,
+            lazy_restore_min_mib: pager::LEAST_BYTES >> 20,
+            working_set_max_mib: pager::WORKING_SET_BYTES >> 20,
             log_level: LogLevel::default(),
         }
     }
@@ -188,6 +200,16 @@ impl Options {
         })?;
         options.check(origin)?;
         Ok(options)
+    }
+
+    /// How an agent's memory is to come back; none for all at once.
+    pub fn lazy(&self) -> Option<LazyOptions> {
+        self.lazy_restore.then(|| LazyOptions {
+            least_bytes: self.lazy_restore_min_mib.saturating_mul(1 << 20),
+            working_set_bytes: self.working_set_max_mib.saturating_mul(1 << 20),
+            // Itself, also when another version has been put in its place meanwhile.
+            ..LazyOptions::new("/proc/self/exe", [PAGER])
+        })
     }
 
     fn check(&self, origin: &str) -> Result<(), OptionsError> {

@@ -127,6 +127,7 @@ impl RuncContainer {
         private_directory(&config.image_path).map_err(|error| {
             precondition(format!("cannot make the directory {}: {error}", config.image_path.display()))
         })?;
+        self.complete_fill().await?;
         let work = config.work_path.clone().unwrap_or_else(|| config.image_path.clone());
         let command = self.runc_command(checkpoint_args(&self.id, config));
         self.run_runc("checkpoint", command, &work, "dump.log").await

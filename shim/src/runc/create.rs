@@ -192,6 +192,7 @@ impl RuntimeFactory for RuncFactory {
                 execs: HashMap::new(),
                 last_pids: Vec::new(),
                 image: None,
+                fill: None,
                 updates: Vec::new(),
             }),
         };

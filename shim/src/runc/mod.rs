@@ -20,6 +20,7 @@ use criu_hooks::{
     cgroup::Cgroup,
     engine::{Engine, Kept},
     image::Image,
+    pager::Fill,
     preflight::{self, Preflight},
 };
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
@@ -85,6 +86,8 @@ struct Inner {
     /// The processes at the last dump: what `Pids` tells of a sleeping container.
     last_pids: Vec<u32>,
     image: Option<SleepImage>,
+    /// Memory that comes, or came, after the last wake.
+    fill: Option<Fill>,
     /// Limits that were changed in its sleep; runc learns of them after the wake.
     updates: Vec<LinuxResources>,
 }
@@ -347,8 +350,15 @@ impl Runtime for RuncContainer {
         let Some(SleepImage { kind, kept }) = self.lock().image.take() else { return };
         drop(kept);
         let id = self.id.clone();
+        let fill = self.lock().fill.clone();
         let (ImageKind::Direct(mut image) | ImageKind::Runc(mut image)) = kind;
         tokio::spawn(async move {
+            if let Some(mut fill) = fill
+                && fill.complete().await.is_err()
+            {
+                // It is all that is left of the agent; it goes when the container is deleted.
+                return;
+            }
             // A checkpoint for a client may still be copying it.
             let image = loop {
                 match Arc::try_unwrap(image) {
@@ -394,6 +404,7 @@ impl Runtime for RuncContainer {
             }
         }
         self.lock().image = None;
+        self.await_end_of_fill().await;
         let (root, namespace, id) = (self.options.image_dir.clone(), self.namespace.clone(), self.id.clone());
         let bundle = self.bundle.clone();
         let removed = tokio::task::spawn_blocking(move || {

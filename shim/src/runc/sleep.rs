@@ -11,12 +11,15 @@ use async_trait::async_trait;
 use criu_hooks::{
     container::Container,
     criu::HookError,
-    engine::{DumpError, DumpHooks, DumpOptions, InheritFd, Kept, RestoreHooks, RestoreOptions},
+    engine::{
+        DumpError, DumpHooks, DumpOptions, InheritFd, Kept, RestoreError, RestoreHooks, RestoreOptions,
+    },
     image::{self, Expected, Image, ImageWriter, Mode, Pages, Store},
+    pager::{Eager, Fill, LazyOptions},
     preflight::Preflight,
 };
 use rustix::process::Pid;
-use tracing::warn;
+use tracing::{error, info, warn};
 
 use super::{
     FREEZE, ImageKind, RuncContainer, SleepImage, failed, precondition,
@@ -24,7 +27,6 @@ use super::{
     state_file,
 };
 use crate::{
-    io::Inherit,
     reaper::{ExitWatch, Mark, Reaper},
     runtime::{DumpReport, Restored, RuntimeError, Veto},
     stats,
@@ -37,6 +39,8 @@ const RUNC: &str = "runc";
 
 /// How long CRIU may take, whatever the size.
 const LEAST_TIME: Duration = Duration::from_mins(1);
+/// How long a pager may take to see that its container has ended.
+const FILL_END: Duration = Duration::from_secs(2);
 /// The slowest disk that is waited for, in bytes a second.
 const SLOWEST: u64 = 20 << 20;
 
@@ -156,6 +160,7 @@ impl RuncContainer {
         let engine = self.engine.clone().with_versions(&criu.to_string(), "");
         let container = self.for_engine()?;
         let init = self.lock().init.raw().ok_or_else(|| failed("there is no init process"))?;
+        self.complete_fill().await?;
         let writer = self.begin_image().await?;
         let pids: Vec<u32> = self.cgroup.procs().map_err(failed)?.into_iter().map(process::number).collect();
         let frozen = Instant::now();
@@ -223,16 +228,16 @@ impl RuncContainer {
             (image.kind.clone(), image.kept.try_clone().map_err(failed)?)
         };
         let container = self.for_engine()?;
-        let inherit = self.io.inherit().map_err(failed)?;
         let (woken, engine) = match &kind {
             ImageKind::Direct(image) => {
-                let woken = self.restore_directly(&container, image, kept, inherit).await?;
+                let woken = self.restore_directly(&container, image, kept).await?;
                 if let Err(error) = state_file::update(&self.state_file(), woken.pid) {
                     warn!(id = %self.id, %error, "runc does not know the new init process: the next exec tells it");
                 }
                 (woken, DIRECT)
             }
             ImageKind::Runc(image) => {
+                let inherit = self.io.inherit().map_err(failed)?;
                 let (namespace, id) = (self.namespace.as_str(), self.id.as_str());
                 let spec_digest = container.spec_digest.as_str();
                 image.give_up_finishing();
@@ -255,20 +260,86 @@ impl RuncContainer {
         container: &Container,
         image: &Image,
         kept: Kept,
-        inherit: Vec<Inherit>,
     ) -> Result<Woken, RuntimeError> {
+        let again = kept.try_clone().map_err(failed)?;
+        let lazy = self.options.lazy();
+        match self.restore_once(container, image, kept, lazy).await? {
+            Ok(woken) => Ok(woken),
+            Err(error) if error.is_lazy_refused() => {
+                warn!(id = %self.id, %error, "a lazy restore failed: all memory is restored at once");
+                self.restore_once(container, image, again, None).await?.map_err(failed)
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    async fn restore_once(
+        &self,
+        container: &Container,
+        image: &Image,
+        kept: Kept,
+        lazy: Option<LazyOptions>,
+    ) -> Result<Result<Woken, RestoreError>, RuntimeError> {
+        let inherit = self.io.inherit().map_err(failed)?;
         let inherit = inherit.into_iter().map(|end| InheritFd { key: end.key, fd: end.fd }).collect();
         let timeout = time_for(image.bytes());
-        let options = RestoreOptions { kept, timeout, ..RestoreOptions::default() };
+        let options = RestoreOptions { kept, timeout, lazy, ..RestoreOptions::default() };
         let mut hooks = ClaimInit { reaper: self.reaper.clone(), mark: Some(self.reaper.mark()), init: None };
-        let restored = self
-            .engine
-            .restore(&self.namespace, container, image, &options, inherit, &mut hooks)
-            .await
-            .map_err(failed)?;
+        let restored =
+            self.engine.restore(&self.namespace, container, image, &options, inherit, &mut hooks).await;
+        let restored = match restored {
+            Ok(restored) => restored,
+            Err(error) => return Ok(Err(error)),
+        };
+        self.keep_fill(restored.fill);
         let (init, exit) =
             hooks.init.ok_or_else(|| failed("CRIU restored it without telling of its init process"))?;
-        Ok(Woken { pid: restored.pid, init, exit, console: restored.console })
+        Ok(Ok(Woken { pid: restored.pid, init, exit, console: restored.console }))
+    }
+
+    /// Keeps what is to come of the memory, and says in the log what became of it.
+    fn keep_fill(&self, fill: Result<Fill, Eager>) {
+        let id = self.id.clone();
+        let fill = match fill {
+            Ok(fill) => Some(fill),
+            Err(eager) => {
+                info!(%id, reason = %eager, "all memory was restored before it ran");
+                None
+            }
+        };
+        self.lock().fill.clone_from(&fill);
+        let Some(mut fill) = fill else { return };
+        tokio::spawn(async move {
+            match fill.complete().await {
+                Ok(report) => info!(
+                    %id,
+                    ms = report.resident.as_millis(),
+                    bytes = report.bytes,
+                    faults = report.faults,
+                    prefetched = report.prefetched_bytes,
+                    "all memory is there"
+                ),
+                Err(error) => error!(%id, %error, "its memory could not be filled"),
+            }
+        });
+    }
+
+    /// Waits until all memory of the last wake is there: no dump may be without a part of it.
+    pub(super) async fn complete_fill(&self) -> Result<(), RuntimeError> {
+        let fill = self.lock().fill.clone();
+        if let Some(mut fill) = fill {
+            fill.hurry();
+            fill.complete().await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until a pager of a container that has ended has ended too.
+    pub(super) async fn await_end_of_fill(&self) {
+        let fill = self.lock().fill.take();
+        if let Some(mut fill) = fill {
+            let _ = tokio::time::timeout(FILL_END, fill.complete()).await;
+        }
     }
 
     pub(super) fn state_file(&self) -> std::path::PathBuf {
