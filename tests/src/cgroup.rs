@@ -38,7 +38,8 @@ pub fn controllers(path: &Path) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-fn enable_controllers(path: &Path) {
+/// Gives the children of a cgroup every controller that it has.
+pub(crate) fn enable_controllers(path: &Path) {
     for controller in controllers(path) {
         // One by one, so that one that is refused does not keep the others away.
         let _ = fs::write(path.join("cgroup.subtree_control"), format!("+{controller}"));

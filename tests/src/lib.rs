@@ -15,12 +15,15 @@
 
 pub mod cache;
 pub mod cgroup;
+mod debian;
 pub mod host;
 pub mod images;
 pub mod memory;
 pub mod node;
 pub mod old_runc;
+pub mod patience;
 pub mod rootfs;
+pub mod vm;
 
 mod suite;
 

@@ -4,8 +4,10 @@ use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use agentcube_tests::node::{self, Entrance, Node, NodeError, NodeOptions};
+use agentcube_tests::vm::{self, VmOptions};
 use agentcube_tests::{old_runc, rootfs};
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -49,6 +51,11 @@ enum Verb {
     },
     /// Build the node's root file system unless that is done, and print where it is
     Rootfs,
+    /// Work with virtual machines, each a node with every controller, swap and a kernel of its own
+    Vm {
+        #[command(subcommand)]
+        verb: VmVerb,
+    },
     #[command(hide = true)]
     Supervise,
     #[command(hide = true)]
@@ -62,6 +69,33 @@ enum Verb {
     },
 }
 
+#[derive(Subcommand)]
+enum VmVerb {
+    /// Run a command as root in a new virtual machine: a program of this build by its path, or one of the node's
+    Run {
+        /// The release of Debian whose kernel boots
+        #[arg(long, env = "AGENTCUBE_VM_KERNEL", default_value = vm::KERNEL)]
+        kernel: String,
+        /// The memory of the virtual machine in MiB
+        #[arg(long, env = "AGENTCUBE_VM_MEMORY", default_value_t = VmOptions::default().memory_mib)]
+        memory: u32,
+        /// How many seconds all of it may take
+        #[arg(long, env = "AGENTCUBE_VM_TIMEOUT", default_value_t = VmOptions::default().timeout.as_secs())]
+        timeout: u64,
+        /// The command
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
+    /// Make the disks of virtual machines unless that is done
+    Setup {
+        /// The release of Debian whose kernel is fetched
+        #[arg(long, env = "AGENTCUBE_VM_KERNEL", default_value = vm::KERNEL)]
+        kernel: String,
+    },
+    #[command(hide = true)]
+    Init,
+}
+
 fn main() -> ExitCode {
     let run = match Arguments::parse().verb {
         Verb::Up { images_in_memory, log_level, shim_toml } => up(!images_in_memory, log_level, shim_toml),
@@ -69,6 +103,7 @@ fn main() -> ExitCode {
         Verb::Shell { node } => shell(node),
         Verb::Down { node } => find(node).and_then(|entrance| Ok(node::down(&entrance)?)).map(|()| 0),
         Verb::Rootfs => build(),
+        Verb::Vm { verb } => virtual_machine(verb),
         Verb::Supervise => node::supervise().map(|()| 0).map_err(Into::into),
         Verb::Init { plan } => node::init(&plan).map(|()| 0).map_err(Into::into),
         Verb::Enter { init, cgroup, argv } => match node::enter(init, &cgroup, &argv) {
@@ -121,6 +156,20 @@ fn shell(node: Option<String>) -> anyhow::Result<i32> {
 /// Runs a command with this process's own stdio.
 fn run(entrance: &Entrance, words: Vec<OsString>) -> anyhow::Result<i32> {
     Ok(node::NodeCommand::new(entrance.clone(), words).run_here()?)
+}
+
+fn virtual_machine(verb: VmVerb) -> anyhow::Result<i32> {
+    match verb {
+        VmVerb::Run { kernel, memory, timeout, words } => {
+            // What a test run is told goes on into the machine.
+            let env = std::env::vars().filter(|(name, _)| name.starts_with("RUST_")).collect();
+            let timeout = Duration::from_secs(timeout);
+            let options = VmOptions { kernel, memory_mib: memory, timeout, env, ..VmOptions::default() };
+            Ok(vm::run(&options, &words, std::io::stdout())?)
+        }
+        VmVerb::Setup { kernel } => vm::prepare(&kernel).map(|()| 0).map_err(Into::into),
+        VmVerb::Init => vm::init().map(|()| 0).map_err(Into::into),
+    }
 }
 
 fn find(node: Option<String>) -> anyhow::Result<Entrance> {

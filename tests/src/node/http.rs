@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::error::{Doing as _, NodeError, Result};
+use crate::patience::scaled;
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +26,7 @@ pub struct Reply {
 /// # Errors
 /// When nothing listens or `timeout` passes.
 pub fn connect(namespace: &OwnedFd, address: SocketAddr, timeout: Duration) -> Result<TcpStream> {
+    let timeout = scaled(timeout);
     let doing = || format!("connecting to {address}");
     // A thread of its own, because entering a namespace changes the thread for good.
     let connected = thread::scope(|scope| {

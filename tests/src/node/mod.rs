@@ -30,6 +30,7 @@ use rustix::process::Signal;
 
 use crate::host::{self, Facts, Missing};
 use crate::images::Image;
+use crate::patience::scaled;
 use crate::{cache, cgroup, rootfs};
 
 pub use agents::{Agent, AgentSpec, Net, Runtime, Turn};
@@ -245,6 +246,7 @@ impl Node {
         timeout: Duration,
         mut yes: impl FnMut() -> Result<bool>,
     ) -> Result<()> {
+        let timeout = scaled(timeout);
         let start = Instant::now();
         let mut pause = Duration::from_millis(1);
         while !yes()? {
@@ -474,7 +476,7 @@ impl Drop for Node {
         }
         // The supervisor kills everything. To wait here keeps one test's end out of the next one's time.
         let waited = supervisor::open_pidfd(self.supervisor.id()).is_ok_and(|pidfd| {
-            let timeout = Timespec::try_from(FAREWELL).unwrap_or_default();
+            let timeout = Timespec::try_from(scaled(FAREWELL)).unwrap_or_default();
             poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)).is_ok_and(|ended| ended > 0)
         });
         if waited {
@@ -526,7 +528,7 @@ pub fn down(entrance: &Entrance) -> Result<()> {
     rustix::process::pidfd_send_signal(&pidfd, Signal::KILL).doing(|| format!("ending {}", entrance.name))?;
     let start = Instant::now();
     while entrance.cgroup.exists() {
-        if start.elapsed() > FAREWELL {
+        if start.elapsed() > scaled(FAREWELL) {
             return Err(NodeError::Timeout {
                 what: format!("the end of {}", entrance.name),
                 after: FAREWELL,

@@ -21,6 +21,7 @@ use super::enter::{Entrance, code};
 use super::error::{Doing as _, NodeError, Result};
 use super::supervisor::open_pidfd;
 use crate::cgroup;
+use crate::patience::scaled;
 
 /// How long a command may run when nothing else is said.
 pub const TIMEOUT: Duration = Duration::from_mins(1);
@@ -240,7 +241,7 @@ struct ExecCgroup(PathBuf);
 impl ExecCgroup {
     fn kill(&self) {
         // What can't be removed here goes with the node.
-        let _ = cgroup::kill_and_remove(&self.0, Duration::from_secs(2));
+        let _ = cgroup::kill_and_remove(&self.0, scaled(Duration::from_secs(2)));
     }
 }
 
@@ -322,7 +323,7 @@ impl Spawned {
         timeout: Duration,
         good: impl Fn(&str) -> bool,
     ) -> Result<String> {
-        let deadline = Instant::now() + timeout;
+        let deadline = Instant::now() + scaled(timeout);
         let mut state = self.stdout.lock();
         loop {
             let text = String::from_utf8_lossy(&state.bytes).into_owned();
@@ -346,7 +347,7 @@ impl Spawned {
     /// When it has ended, or does not start within two seconds.
     pub fn pid(&self) -> Result<u32> {
         let entering = self.child.id();
-        let deadline = Instant::now() + Duration::from_secs(2);
+        let deadline = Instant::now() + scaled(Duration::from_secs(2));
         loop {
             let children = fs::read_to_string(format!("/proc/{entering}/task/{entering}/children"))
                 .doing(|| format!("looking for the process of {}", self.command))?;
@@ -381,6 +382,7 @@ impl Spawned {
     /// When it does not end in time; then it is killed with all that it started.
     pub fn wait(mut self, timeout: Duration) -> Result<Output> {
         self.close_stdin();
+        let timeout = scaled(timeout);
         let doing = || format!("waiting for {}", self.command);
         let pidfd = open_pidfd(self.child.id())?;
         let left = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });

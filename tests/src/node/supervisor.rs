@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::error::{Doing as _, NodeError, Result};
 use crate::cgroup;
 use crate::host::Missing;
+use crate::patience::scaled;
 
 /// How long processes in the node's cgroup may take to die.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -134,7 +135,7 @@ fn end(init: &mut Child) -> Result<()> {
 }
 
 fn clean_up(plan: &Plan) -> Result<()> {
-    cgroup::kill_and_remove(&plan.cgroup, PATIENCE)
+    cgroup::kill_and_remove(&plan.cgroup, scaled(PATIENCE))
         .doing(|| format!("removing the cgroup {}", plan.cgroup.display()))?;
     remove_work(&plan.work)
 }

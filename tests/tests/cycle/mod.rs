@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use agentcube_tests::images::Image;
 use agentcube_tests::node::{Agent, AgentSpec, Node, NodeOptions, Runtime};
+use agentcube_tests::patience::scaled;
 use containerd_shim::protos::{shim_async::TaskClient, ttrpc};
 use serde_json::Value;
 
@@ -151,5 +152,5 @@ where
 
 /// How long a call of [`shim`] may take.
 pub fn patience() -> ttrpc::context::Context {
-    ttrpc::context::with_duration(SOON)
+    ttrpc::context::with_duration(scaled(SOON))
 }

@@ -1,0 +1,294 @@
+//! The first process of a virtual machine: it makes a node of the machine, runs one command, tells how that ended, and
+//! powers off.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
+use rustix::process::{Pid, WaitOptions, wait};
+use rustix::system::{RebootCommand, reboot, sethostname};
+use serde::{Deserialize, Serialize};
+
+use super::error::{Doing as _, Result, VmError};
+use crate::cgroup;
+use crate::patience;
+use crate::rootfs;
+
+/// What the kernel is told: the root disk, and how to find this program on the disk that the host made.
+pub(super) const COMMAND_LINE: &str = "loglevel=5 panic=1 mitigations=off apparmor=0 selinux=0 root=/dev/nvme0n1 rw init=/bin/sh -- \
+     -c \"mount -t devtmpfs devtmpfs /dev && mount -o ro /dev/nvme0n3 /mnt && exec /mnt/programs/node vm init\"";
+
+/// Where the disk that the host made is mounted.
+const INPUT: &str = "/mnt";
+
+/// Where the node's root file system is seen without what is mounted on it.
+const ROOTFS: &str = "/run/agentcube-rootfs";
+
+/// The harness's cache folder is in here.
+const CACHE: &str = "/var/cache";
+
+/// Modules that CRIU, runc or a bridge would look for by other ways than the kernel's own loading.
+const MODULES: &[&str] = &[
+    "overlay",
+    "zram",
+    "tun",
+    "veth",
+    "bridge",
+    "nf_tables",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "raw_diag",
+    "unix_diag",
+    "netlink_diag",
+    "af_packet_diag",
+];
+
+/// What the guest is to do.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Plan {
+    /// The command.
+    pub(super) argv: Vec<String>,
+    /// More environment variables.
+    pub(super) env: Vec<(String, String)>,
+    /// The folder where it runs; made when missing.
+    pub(super) cwd: PathBuf,
+    /// Where the host has the programs of this build: they are found there in the guest too.
+    pub(super) programs: PathBuf,
+    /// See [`patience`].
+    pub(super) patience: u32,
+    /// The guest's memory in MiB.
+    pub(super) memory_mib: u32,
+}
+
+impl Plan {
+    /// Writes the plan to where the guest reads it.
+    pub(super) fn write(&self, input: &Path) -> Result<()> {
+        let doing = || "writing the plan of a virtual machine".to_owned();
+        let text = serde_json::to_string(self).map_err(std::io::Error::from).doing(doing)?;
+        fs::write(input.join("plan.json"), text).doing(doing)
+    }
+
+    fn read() -> Result<Self> {
+        let doing = || "reading the plan of a virtual machine".to_owned();
+        let bytes = fs::read(Path::new(INPUT).join("plan.json")).doing(doing)?;
+        serde_json::from_slice(&bytes).map_err(std::io::Error::from).doing(doing)
+    }
+}
+
+/// The exit status of the guest's command; none when it has not told.
+pub(super) fn last_word(status: &Path) -> Option<i32> {
+    let text = fs::read_to_string(status).ok()?;
+    text.strip_prefix("exit ")?.strip_suffix('\n')?.parse().ok()
+}
+
+/// Runs the guest's first process. It does not come back.
+///
+/// # Errors
+/// None that anybody would see: they go to the console, and the machine powers off.
+pub fn init() -> Result<()> {
+    if std::process::id() == 1 {
+        if let Err(error) = live() {
+            eprintln!("agentcube: {error}");
+        }
+        rustix::fs::sync();
+        reboot(RebootCommand::PowerOff).doing(|| "powering off".into())?;
+    }
+    Err(VmError::Io {
+        doing: "running as the first process of a virtual machine".into(),
+        source: std::io::ErrorKind::Unsupported.into(),
+    })
+}
+
+fn live() -> Result<()> {
+    let plan = Plan::read()?;
+    mount_all()?;
+    let output = port("output")?;
+    let mut status = port("status")?;
+    if let Err(error) = furnish(&plan) {
+        let _ = writeln!(&output, "The virtual node is not complete: {error}");
+        return Err(error);
+    }
+    let code = match run(&plan, &output) {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(&output, "{error}");
+            // As shells do.
+            127
+        }
+    };
+    status.write_all(format!("exit {code}\n").as_bytes()).doing(|| "telling the exit status".into())
+}
+
+fn mount_all() -> Result<()> {
+    let quiet = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let secure = MountFlags::NOSUID | MountFlags::NODEV;
+    for (kind, target, flags, options) in [
+        ("proc", "/proc", quiet, c""),
+        ("sysfs", "/sys", quiet, c""),
+        ("cgroup2", "/sys/fs/cgroup", quiet, c"nsdelegate,memory_recursiveprot"),
+        ("tmpfs", "/run", secure, c"mode=0755"),
+        ("tmpfs", "/tmp", secure, c"mode=1777"),
+        ("devpts", "/dev/pts", MountFlags::NOSUID | MountFlags::NOEXEC, c"ptmxmode=0666,mode=0620"),
+        ("tmpfs", "/dev/shm", secure, c"mode=1777"),
+        ("mqueue", "/dev/mqueue", quiet, c""),
+    ] {
+        let doing = || format!("mounting {kind} on {target}");
+        fs::create_dir_all(target).doing(doing)?;
+        mount(kind, target, kind, flags, options).doing(doing)?;
+    }
+    for (name, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "fd/0"),
+        ("stdout", "fd/1"),
+        ("stderr", "fd/2"),
+        ("ptmx", "pts/ptmx"),
+    ] {
+        let link = Path::new("/dev").join(name);
+        // The kernel makes some of them.
+        let _ = fs::remove_file(&link);
+        symlink(target, &link).doing(|| format!("linking {}", link.display()))?;
+    }
+    Ok(())
+}
+
+/// A serial port to the host, by the name that the host gave it.
+fn port(name: &str) -> Result<File> {
+    let doing = || format!("opening the port {name}");
+    for entry in fs::read_dir("/sys/class/virtio-ports").doing(doing)?.flatten() {
+        if fs::read_to_string(entry.path().join("name")).is_ok_and(|found| found.trim() == name) {
+            let path = Path::new("/dev").join(entry.file_name());
+            return File::options().write(true).open(path).doing(doing);
+        }
+    }
+    Err(std::io::Error::from(std::io::ErrorKind::NotFound)).doing(doing)
+}
+
+/// Makes a node of the machine: modules, network, controllers, swap, the programs and the cache where tests expect them.
+fn furnish(plan: &Plan) -> Result<()> {
+    sethostname(b"agentcube-vm").doing(|| "setting the host name".into())?;
+    fs::create_dir_all("/usr/lib/modules").doing(|| "making /usr/lib/modules".into())?;
+    mount("/dev/nvme0n2", "/usr/lib/modules", "ext4", MountFlags::RDONLY, None)
+        .doing(|| "mounting the modules".into())?;
+    tool("modprobe", &[&["--all"], MODULES].concat())?;
+    tool("ip", &["link", "set", "lo", "up"])?;
+
+    let root = Path::new("/sys/fs/cgroup");
+    cgroup::enable_controllers(root);
+    for controller in ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"] {
+        let enabled = fs::read_to_string(root.join("cgroup.subtree_control")).unwrap_or_default();
+        if !enabled.split_whitespace().any(|name| name == controller) {
+            return Err(std::io::Error::other("the kernel does not give it"))
+                .doing(|| format!("enabling the controller {controller}"));
+        }
+    }
+    add_swap(plan.memory_mib)?;
+
+    fs::create_dir_all(ROOTFS).doing(|| format!("making {ROOTFS}"))?;
+    mount_bind("/", ROOTFS).doing(|| format!("mounting {ROOTFS}"))?;
+    mount_remount(ROOTFS, MountFlags::BIND | MountFlags::RDONLY, c"")
+        .doing(|| format!("making {ROOTFS} read-only"))?;
+    let cache = Path::new(CACHE).join("agentcube");
+    let link = |target: &Path, name: &Path| {
+        symlink(target, cache.join(name)).doing(|| format!("linking {}", name.display()))
+    };
+    fs::create_dir_all(&cache).doing(|| format!("making {}", cache.display()))?;
+    link(Path::new(ROOTFS), Path::new(&format!("rootfs-{}", rootfs::key())))?;
+    let images = Path::new(INPUT).join("cache");
+    for image in fs::read_dir(&images).doing(|| format!("listing {}", images.display()))?.flatten() {
+        link(&image.path(), Path::new(&image.file_name()))?;
+    }
+    let doing = || format!("putting the programs at {}", plan.programs.display());
+    fs::create_dir_all(&plan.programs).doing(doing)?;
+    mount_bind(Path::new(INPUT).join("programs"), &plan.programs).doing(doing)?;
+    fs::create_dir_all(&plan.cwd).doing(|| format!("making {}", plan.cwd.display()))
+}
+
+/// Compressed memory first, and a file for what does not fit.
+fn add_swap(memory_mib: u32) -> Result<()> {
+    let bytes = u64::from(memory_mib / 2) << 20;
+    fs::write("/sys/block/zram0/disksize", bytes.to_string()).doing(|| "sizing zram0".into())?;
+    let path = "/var/swap";
+    let doing = || format!("making {path}");
+    let file = File::create(path).doing(doing)?;
+    rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o600)).doing(doing)?;
+    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes).doing(doing)?;
+    for (swap, priority) in [("/dev/zram0", "10"), (path, "1")] {
+        tool("mkswap", &["--quiet", swap])?;
+        tool("swapon", &["--priority", priority, swap])?;
+    }
+    Ok(())
+}
+
+fn tool(program: &str, arguments: &[&str]) -> Result<()> {
+    let doing = || format!("{program} {}", arguments.join(" "));
+    let output = Command::new(Path::new("/usr/sbin").join(program)).args(arguments).output().doing(doing)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(std::io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned())).doing(doing)
+}
+
+/// Runs the command to its end, and reaps what it leaves behind.
+fn run(plan: &Plan, output: &File) -> Result<i32> {
+    let Some((program, arguments)) = plan.argv.split_first() else {
+        return Err(std::io::Error::other("no command given")).doing(|| "running a command".into());
+    };
+    let doing = || format!("running {program} in the virtual machine");
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(&plan.cwd).stdin(Stdio::null()).env_clear();
+    command.stdout(output.try_clone().doing(doing)?).stderr(output.try_clone().doing(doing)?);
+    command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    command.env("HOME", "/root").env("LANG", "C.UTF-8").env("TERM", "dumb");
+    command.env("XDG_CACHE_HOME", CACHE).env("AGENTCUBE_TEST_ROOTFS", ROOTFS);
+    command.env(patience::VARIABLE, plan.patience.to_string());
+    command.envs(plan.env.iter().map(|(name, value)| (name, value)));
+    let child = Pid::from_child(&command.spawn().doing(doing)?);
+    loop {
+        match wait(WaitOptions::empty()) {
+            Ok(Some((pid, status))) if pid == child => {
+                let code = status.exit_status().or_else(|| status.terminating_signal().map(|s| 128 + s));
+                return Ok(code.unwrap_or(-1));
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno).doing(doing),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_word_counts_only_when_it_is_whole() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (text, code) in
+            [("exit 3\n", Some(3)), ("exit 0\n", Some(0)), ("exit 3", None), ("", None), ("exit x\n", None)]
+        {
+            fs::write(file.path(), text).unwrap();
+            assert_eq!(last_word(file.path()), code, "{text:?}");
+        }
+        assert_eq!(last_word(Path::new("/nonexistent")), None);
+    }
+
+    #[test]
+    fn a_plan_is_read_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = Plan {
+            argv: vec!["a".into(), "b c".into()],
+            env: vec![("X".into(), "1".into())],
+            cwd: "/here".into(),
+            programs: "/target".into(),
+            patience: 20,
+            memory_mib: 1024,
+        };
+        plan.write(folder.path()).unwrap();
+        let read: Plan = serde_json::from_slice(&fs::read(folder.path().join("plan.json")).unwrap()).unwrap();
+        assert_eq!(format!("{read:?}"), format!("{plan:?}"));
+    }
+}
