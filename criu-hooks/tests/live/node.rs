@@ -36,7 +36,7 @@ mkdir run/rootfs
 mount --bind "$rootfs" run/rootfs
 mount -o remount,bind,ro run/rootfs
 mkdir run/old
-pivot_root . run/old
+bin/busybox pivot_root . run/old
 umount -l /run/old
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 exec /run/test-binary --exact "$test" --nocapture --test-threads 1

@@ -12,23 +12,28 @@ use rustix::process::{Pid, WaitOptions, wait};
 use rustix::system::{RebootCommand, reboot, sethostname};
 use serde::{Deserialize, Serialize};
 
+use super::disk;
 use super::error::{Doing as _, Result, VmError};
 use crate::cgroup;
 use crate::patience;
 use crate::rootfs;
 
-/// What the kernel is told: the root disk, and how to find this program on the disk that the host made.
-pub(super) const COMMAND_LINE: &str = "loglevel=5 panic=1 mitigations=off apparmor=0 selinux=0 root=/dev/nvme0n1 rw init=/bin/sh -- \
-     -c \"mount -t devtmpfs devtmpfs /dev && mount -o ro /dev/nvme0n3 /mnt && exec /mnt/programs/node vm init\"";
+/// The label of the disk that the host made.
+pub(super) const INPUT_LABEL: &str = "agentcube-in";
 
-/// Where the disk that the host made is mounted.
+/// Where that is mounted.
 const INPUT: &str = "/mnt";
+
+/// The label of the disk with the kernel's modules.
+pub(super) const MODULES_LABEL: &str = "agentcube-mod";
 
 /// Where the node's root file system is seen without what is mounted on it.
 const ROOTFS: &str = "/run/agentcube-rootfs";
 
 /// The harness's cache folder is in here.
 const CACHE: &str = "/var/cache";
+
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Modules that CRIU, runc or a bridge would look for by other ways than the kernel's own loading.
 const MODULES: &[&str] = &[
@@ -46,6 +51,20 @@ const MODULES: &[&str] = &[
     "netlink_diag",
     "af_packet_diag",
 ];
+
+/// What the kernel is told: the root disk, and how to find this program on the disk that the host made.
+pub(super) fn command_line() -> String {
+    // Labels are looked for with the help of /proc and /sys; the disk may come later than the root.
+    let mounts = format!(
+        "mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys; \
+         for i in 1 2 3 4 5 6 7 8 9; do mount -o ro LABEL={INPUT_LABEL} {INPUT} && break; sleep 1; done"
+    );
+    format!(
+        "loglevel=5 panic=1 mitigations=off apparmor=0 selinux=0 root=PARTUUID={} rootwait rw \
+         init=/bin/sh -- -c \"{mounts}; exec {INPUT}/programs/node vm init\"",
+        disk::ROOT_PARTITION
+    )
+}
 
 /// What the guest is to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -127,9 +146,7 @@ fn mount_all() -> Result<()> {
     let quiet = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let secure = MountFlags::NOSUID | MountFlags::NODEV;
     for (kind, target, flags, options) in [
-        ("proc", "/proc", quiet, c""),
-        ("sysfs", "/sys", quiet, c""),
-        ("cgroup2", "/sys/fs/cgroup", quiet, c"nsdelegate,memory_recursiveprot"),
+        ("cgroup2", "/sys/fs/cgroup", quiet, c"memory_recursiveprot"),
         ("tmpfs", "/run", secure, c"mode=0755"),
         ("tmpfs", "/tmp", secure, c"mode=1777"),
         ("devpts", "/dev/pts", MountFlags::NOSUID | MountFlags::NOEXEC, c"ptmxmode=0666,mode=0620"),
@@ -171,8 +188,7 @@ fn port(name: &str) -> Result<File> {
 fn furnish(plan: &Plan) -> Result<()> {
     sethostname(b"agentcube-vm").doing(|| "setting the host name".into())?;
     fs::create_dir_all("/usr/lib/modules").doing(|| "making /usr/lib/modules".into())?;
-    mount("/dev/nvme0n2", "/usr/lib/modules", "ext4", MountFlags::RDONLY, None)
-        .doing(|| "mounting the modules".into())?;
+    tool("mount", &["-o", "ro", &format!("LABEL={MODULES_LABEL}"), "/usr/lib/modules"])?;
     tool("modprobe", &[&["--all"], MODULES].concat())?;
     tool("ip", &["link", "set", "lo", "up"])?;
 
@@ -225,7 +241,7 @@ fn add_swap(memory_mib: u32) -> Result<()> {
 
 fn tool(program: &str, arguments: &[&str]) -> Result<()> {
     let doing = || format!("{program} {}", arguments.join(" "));
-    let output = Command::new(Path::new("/usr/sbin").join(program)).args(arguments).output().doing(doing)?;
+    let output = Command::new(program).args(arguments).env("PATH", PATH).output().doing(doing)?;
     if output.status.success() {
         return Ok(());
     }
@@ -241,7 +257,7 @@ fn run(plan: &Plan, output: &File) -> Result<i32> {
     let mut command = Command::new(program);
     command.args(arguments).current_dir(&plan.cwd).stdin(Stdio::null()).env_clear();
     command.stdout(output.try_clone().doing(doing)?).stderr(output.try_clone().doing(doing)?);
-    command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    command.env("PATH", PATH);
     command.env("HOME", "/root").env("LANG", "C.UTF-8").env("TERM", "dumb");
     command.env("XDG_CACHE_HOME", CACHE).env("AGENTCUBE_TEST_ROOTFS", ROOTFS);
     command.env(patience::VARIABLE, plan.patience.to_string());

@@ -5,14 +5,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::disk;
 use super::error::{Doing as _, Result, VmError};
+use super::{disk, guest};
 use crate::cache::{self, Lock};
 use crate::debian::Apt;
 use crate::rootfs;
 
 /// Bumped when the way of preparing kernels changes.
-const FORMAT: &str = "1";
+const FORMAT: &str = "2";
 
 /// The package that names a release's newest kernel.
 const META: &str = "linux-image-cloud-amd64";
@@ -70,7 +70,7 @@ pub(super) fn ensure(release: &str) -> Result<Kernel> {
     let image = image.ok_or_else(|| failed(format!("{packages:?} have no kernel")))?;
     fs::rename(image, partial.join("vmlinuz")).doing(|| format!("moving {}", image.display()))?;
     index(&rootfs, modules, &version).map_err(failed)?;
-    disk::of_folder(modules, &partial.join("modules.ext4"))?;
+    disk::of_folder(modules, &partial.join("modules.ext4"), guest::MODULES_LABEL)?;
     // The rename is what makes it complete.
     fs::rename(&partial, &done).doing(|| format!("renaming {}", partial.display()))?;
     Ok(kernel)

@@ -109,14 +109,14 @@ pub fn run(options: &VmOptions, argv: &[String], output: impl Write + Send + 'st
     };
     plan.write(&work.input())?;
     let input = work.path("input.ext4");
-    disk::of_folder(&work.input(), &input)?;
+    disk::of_folder(&work.input(), &input, guest::INPUT_LABEL)?;
 
     let (read, write) = pipe_with(PipeFlags::CLOEXEC).doing(|| "making a pipe".into())?;
     let (console, status) = (work.path("console.log"), work.path("status"));
     let machine = Machine {
         kernel: &kernel.image,
         disks: [&root, &kernel.modules, &input],
-        append: guest::COMMAND_LINE,
+        append: &guest::command_line(),
         console: &console,
         status: &status,
         output: write.as_raw_fd(),

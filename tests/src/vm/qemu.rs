@@ -8,7 +8,7 @@ use std::path::Path;
 pub(super) struct Machine<'a> {
     /// The kernel.
     pub(super) kernel: &'a Path,
-    /// The disks, in the order in which the guest numbers them from 1; none is written.
+    /// The disks, which the guest finds in any order; none is written.
     pub(super) disks: [&'a Path; 3],
     /// What the kernel is told beside where its console is.
     pub(super) append: &'a str,
@@ -82,7 +82,6 @@ pub(super) fn arguments(machine: &Machine<'_>) -> Vec<String> {
     add(&["-kernel", &machine.kernel.to_string_lossy()]);
     add(&["-append", &format!("console=ttyS0 {}", machine.append)]);
     add(&["-serial", &format!("file:{}", escaped(machine.console))]);
-    // One controller: the guest finds several in any order, but the disks of one by their numbers.
     add(&["-device", "nvme,id=disks,serial=agentcube"]);
     for (number, disk) in (1..).zip(machine.disks) {
         // Writes go to a temporary file that has no name.
@@ -118,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn no_disk_is_written_and_their_order_is_kept() {
+    fn no_disk_is_written() {
         let path = Path::new;
         let machine = Machine {
             kernel: path("/k"),
