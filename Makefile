@@ -15,7 +15,7 @@ demo bench bench-quick build install: OUTPUT = $(TARGET)/release
 
 PROGRAMS = containerd-shim-agentcube-v1 agentcube
 
-.PHONY: help packages setup build demo bench bench-quick test install clean
+.PHONY: help packages setup build demo bench bench-quick test test-vm install clean
 
 help:
 	@echo "make setup    packages that this machine lacks, and the test node's root file system (once; a minute)"
@@ -23,7 +23,8 @@ help:
 	@echo "make demo     an agent falls asleep and wakes, on a container node of its own"
 	@echo "make bench    times against runc, crun and cold starts, into docs/benchmarks and README (20 minutes)"
 	@echo "make bench-quick  whether the goals hold, by a short run that writes nothing (3 minutes)"
-	@echo "make test     format, lints, unit tests, then the behaviour suite on such a node"
+	@echo "make test     format, lints, unit tests, then the behaviour suite on such a node, then make test-vm"
+	@echo "make test-vm  what needs another kernel, every controller or swap, in a virtual machine (minutes without KVM)"
 	@echo "make install  the binaries into \$$(DESTDIR)\$$(PREFIX)/bin; PREFIX is $(PREFIX)"
 	@echo "make clean    what was built; the node's files in the user's cache folder stay"
 
@@ -34,6 +35,8 @@ NEEDED = \
 	/usr/bin/unshare:util-linux \
 	/usr/sbin/debootstrap:debootstrap \
 	/usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
+
+test test-vm: NEEDED += /usr/bin/qemu-system-x86_64:qemu-system-x86 /usr/sbin/mke2fs:e2fsprogs
 
 packages:
 	@missing=; \
@@ -72,6 +75,22 @@ test: setup
 	cargo test --workspace --locked --lib --bins
 	@echo "The behaviour suite, on nodes with real containerd, runc and CRIU: this takes minutes."
 	AGENTCUBE_TEST_ROOTFS="$$($(OUTPUT)/node rootfs)" cargo test --workspace --locked --test '*'
+	@$(MAKE) --no-print-directory test-vm
+
+# cargo starts each test binary with what stands here, and that runs it in a virtual machine of its own.
+IN_VM = cargo test --workspace --locked \
+	--config "target.'cfg(all())'.runner = ['$(abspath $(OUTPUT)/node)', 'vm', 'run']"
+
+ifeq ($(shell uname -m),x86_64)
+test-vm: setup
+	@$(OUTPUT)/node vm setup
+	@echo "Tests in virtual machines: without KVM they are emulated, and this takes minutes."
+	$(IN_VM) --test state limits_
+	$(IN_VM) --test limits
+else
+test-vm:
+	@echo "skipped: virtual nodes exist on x86_64 alone"
+endif
 
 install: build
 	@for program in $(PROGRAMS); do \

@@ -8,6 +8,7 @@ mod ghosts;
 mod memory;
 mod mode;
 mod namespaces;
+mod oom;
 mod restart;
 mod restore;
 mod rootfs;

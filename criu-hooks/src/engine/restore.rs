@@ -24,6 +24,7 @@ use super::{
     ghosts::Ghosts,
     memory::{self, Detached},
     namespaces::{self, Kept, Kind},
+    oom::OomKills,
     request,
     rootfs::RootMount,
 };
@@ -155,6 +156,17 @@ pub enum RestoreError {
     /// CRIU failed, or a hook called it off.
     #[error("the restore failed: {0}")]
     Criu(Failure),
+    /// The kernel killed it for want of memory.
+    #[error(
+        "the kernel killed the restore for want of memory ({}): raise the limit and wake it again; {error}",
+        limit.map_or_else(|| "the container has no limit, its pod or the node has".to_owned(), |bytes| format!("memory.max is {bytes} bytes"))
+    )]
+    OutOfMemory {
+        /// The container's own limit in bytes, when it has one.
+        limit: Option<u64>,
+        /// What came of it.
+        error: Box<RestoreError>,
+    },
     /// CRIU did not come to an end.
     #[error("the restore was given up after {} s: {}", .after.as_secs(), reason.as_ref().map_or_else(|| "no reason in CRIU's log".to_owned(), ToString::to_string))]
     Timeout {
@@ -212,6 +224,7 @@ impl Engine {
         ghosts.remove();
         let root = RootMount::new(&container.rootfs, &container.bundle)
             .map_err(|source| RestoreError::Rootfs { path: container.rootfs.clone(), source })?;
+        let oom_kills = OomKills::count(&container.cgroup);
         let mut attempt = Attempt {
             cgroup: container.cgroup.clone(),
             spawner: Arc::clone(&self.spawner),
@@ -240,7 +253,7 @@ impl Engine {
             }
             Err(error) => {
                 attempt.settle().await;
-                Err(error)
+                Err(oom_kills.explain(error))
             }
         }
     }

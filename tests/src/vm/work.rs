@@ -51,8 +51,7 @@ impl Work {
     pub(super) fn keep_console(&self) -> (PathBuf, String) {
         let from = self.path("console.log");
         let text = String::from_utf8_lossy(&fs::read(&from).unwrap_or_default()).into_owned();
-        let lines: Vec<&str> = text.lines().collect();
-        let tail = lines[lines.len().saturating_sub(30)..].join("\n");
+        let tail = tail(&text);
         let kept = self.0.parent().and_then(Path::parent).unwrap_or(&self.0).join("vm-consoles");
         let name = self.0.file_name().unwrap_or_default().to_string_lossy();
         let to = kept.join(format!("{name}.log"));
@@ -61,6 +60,12 @@ impl Work {
         forget_old(&kept);
         (to, tail)
     }
+}
+
+/// The last lines that tell something: a panic's call trace only pushes them out of sight.
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().take_while(|line| !line.contains("Call Trace:")).collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
 impl Drop for Work {
@@ -92,5 +97,18 @@ fn forget_old(kept: &Path) {
     consoles.sort();
     for (_, path) in consoles.iter().rev().skip(CONSOLES) {
         let _ = fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_of_a_console_shows_why_it_panicked_and_not_where() {
+        let text = "booting\n[1.0] Kernel panic - not syncing\n[1.0] Call Trace:\n[1.0]  do_exit\n";
+        assert_eq!(tail(text), "booting\n[1.0] Kernel panic - not syncing");
+        assert_eq!(tail(&"line\n".repeat(50)).lines().count(), 20);
+        assert_eq!(tail(""), "");
     }
 }
