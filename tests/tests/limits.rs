@@ -95,7 +95,8 @@ fn a_wake_beyond_the_memory_limit_uses_the_swap_that_is_allowed() {
     }
     let (agent, digest) = agent_with_ballast(node, "swapping", 8102);
     sleep_soon(node, &agent);
-    limit(node, &agent, "memory.max", &(BALLAST << 19).to_string());
+    // About a third does not fit.
+    limit(node, &agent, "memory.max", &((BALLAST - 8) << 20).to_string());
     wake(node, &agent);
     assert_eq!(agent.digest().unwrap(), digest);
     assert!(value(node, &agent, "memory.swap.current", "") > 0);

@@ -13,6 +13,8 @@ pub type HookError = Box<dyn std::error::Error + Send + Sync>;
 pub enum Event {
     /// Before anything is touched by a dump.
     PreDump,
+    /// Every process is in the grip of a dump, and nothing has been done to one.
+    QueryExtFiles,
     /// The image is written and every process still stands still. A refusal lets them run on.
     PostDump,
     /// Before anything is made by a restore.
@@ -47,6 +49,7 @@ impl Event {
     pub fn name(&self) -> &str {
         match self {
             Event::PreDump => "pre-dump",
+            Event::QueryExtFiles => "query-ext-files",
             Event::PostDump => "post-dump",
             Event::PreRestore => "pre-restore",
             Event::SetupNamespaces { .. } => "setup-namespaces",
@@ -65,6 +68,7 @@ impl Event {
         let pid = pid.filter(|&pid| pid > 0).and_then(Pid::from_raw);
         Some(match name {
             "pre-dump" => Event::PreDump,
+            "query-ext-files" => Event::QueryExtFiles,
             "post-dump" => Event::PostDump,
             "pre-restore" => Event::PreRestore,
             "setup-namespaces" => Event::SetupNamespaces { pid },

@@ -402,7 +402,6 @@ fn prepare(job: &Job<'_>, plan: &Plan) -> Criu_req {
     opts.set_file_locks(options.file_locks);
     opts.set_link_remap(true);
     opts.set_ghost_limit(options.ghost_limit);
-    opts.set_freeze_cgroup(container.cgroup.path().to_string_lossy().into_owned());
     opts.ext_mnt = ext_mounts(plan.external_mounts(mounts));
     if let Some(network) = plan.network {
         opts.external.push(format!("net[{network}]:{NETWORK_KEY}"));
@@ -516,8 +515,8 @@ struct Notify<'a> {
 impl Notify<'_> {
     async fn post_dump(&mut self) -> Result<(), DumpError> {
         if !self.options.leave_running {
-            // CRIU thawed the cgroup when it had every process in its grip. Frozen again, they stand still even when
-            // it lets go of them by dying.
+            // Thawed for CRIU's work, they are in its grip alone. Frozen again, they stand still even when it lets go of
+            // them by dying.
             self.cgroup.freeze(self.options.freeze_timeout).await?;
         }
         let again = restart::let_calls_go_on(self.writer.images_dir(), self.writer.work_dir(), LOG);
@@ -542,13 +541,18 @@ impl Notify<'_> {
 #[async_trait]
 impl NotifyHooks for Notify<'_> {
     async fn notify(&mut self, event: Event) -> Result<(), HookError> {
-        if matches!(event, Event::PostDump)
-            && let Err(refusal) = self.post_dump().await
-        {
+        let done = match event {
+            // CRIU has every process in its grip and is about to run its own code in them, which a frozen cgroup would
+            // not let it. CRIU could thaw by itself, but it is inside the container's cgroup namespace, whose root it
+            // may not write where the hierarchy is mounted with nsdelegate, as systemd mounts it.
+            Event::QueryExtFiles => self.cgroup.thaw().await.map_err(DumpError::from),
+            Event::PostDump => self.post_dump().await,
+            _ => Ok(()),
+        };
+        done.map_err(|refusal| {
             let words = refusal.to_string();
             self.refusal = Some(refusal);
-            return Err(words.into());
-        }
-        Ok(())
+            words.into()
+        })
     }
 }

@@ -146,7 +146,7 @@ fn mount_all() -> Result<()> {
     let quiet = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let secure = MountFlags::NOSUID | MountFlags::NODEV;
     for (kind, target, flags, options) in [
-        ("cgroup2", "/sys/fs/cgroup", quiet, c"memory_recursiveprot"),
+        ("cgroup2", "/sys/fs/cgroup", quiet, c"nsdelegate,memory_recursiveprot"),
         ("tmpfs", "/run", secure, c"mode=0755"),
         ("tmpfs", "/tmp", secure, c"mode=1777"),
         ("devpts", "/dev/pts", MountFlags::NOSUID | MountFlags::NOEXEC, c"ptmxmode=0666,mode=0620"),
