@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use rustix::{process::Pid, thread::LinkNameSpaceType};
 
 use super::{
-    DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts,
+    DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts, freezer,
     memory::{self, Memory},
     mode::{ClassicReason, Look},
     namespaces::{self, Kept, Kind},
@@ -230,7 +230,12 @@ impl Engine {
             Mode::PodNamespaces => Plan::inside(job).map_err(look)?,
             Mode::Classic => Plan::outside(job).map_err(look)?,
         };
-        let request = prepare(job, &plan);
+        let thaws = freezer::is_ours(container);
+        let mut request = prepare(job, &plan);
+        if !thaws {
+            let path = container.cgroup.path().to_string_lossy().into_owned();
+            request.opts.mut_or_insert_default().set_freeze_cgroup(path);
+        }
         let failed = |error| DumpError::Criu(Failure::new(error, writer.work_dir(), LOG));
 
         let _writeback = writer.bound_dirty_pages();
@@ -255,6 +260,7 @@ impl Engine {
             hooks,
             image_bytes: 0,
             refusal: None,
+            thaws,
         };
         let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
         report.image_bytes = notify.image_bytes;
@@ -510,12 +516,14 @@ struct Notify<'a> {
     hooks: &'a mut dyn DumpHooks,
     image_bytes: u64,
     refusal: Option<DumpError>,
+    /// See [`freezer`].
+    thaws: bool,
 }
 
 impl Notify<'_> {
     async fn post_dump(&mut self) -> Result<(), DumpError> {
         if !self.options.leave_running {
-            // Thawed for CRIU's work, they are in its grip alone. Frozen again, they stand still even when it lets go of
+            // Thawed when CRIU had every process in its grip, they are in that alone. Frozen again, they stand still even when it lets go of
             // them by dying.
             self.cgroup.freeze(self.options.freeze_timeout).await?;
         }
@@ -542,10 +550,7 @@ impl Notify<'_> {
 impl NotifyHooks for Notify<'_> {
     async fn notify(&mut self, event: Event) -> Result<(), HookError> {
         let done = match event {
-            // CRIU has every process in its grip and is about to run its own code in them, which a frozen cgroup would
-            // not let it. CRIU could thaw by itself, but it is inside the container's cgroup namespace, whose root it
-            // may not write where the hierarchy is mounted with nsdelegate, as systemd mounts it.
-            Event::QueryExtFiles => self.cgroup.thaw().await.map_err(DumpError::from),
+            Event::QueryExtFiles if self.thaws => self.cgroup.thaw().await.map_err(DumpError::from),
             Event::PostDump => self.post_dump().await,
             _ => Ok(()),
         };

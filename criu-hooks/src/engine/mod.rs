@@ -4,6 +4,7 @@
 //! kill had begun: then it is seen through), a restore leaves nothing of what it had made. Both have bounds in time.
 
 mod dump;
+mod freezer;
 mod ghosts;
 mod memory;
 mod mode;
