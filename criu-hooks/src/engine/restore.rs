@@ -35,7 +35,7 @@ use crate::{
         self, Event, HookError, Launch, NotifyHooks, Session,
         rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
     },
-    image::{self, Expected, Image, Mode, Outside, PageCheck, Pages},
+    image::{self, Claim, Expected, Image, Mode, Outside, PageCheck, Pages},
     pager::{self, Eager, Fill, LazyOptions, Place},
     procfs,
     spawn::{ExitFuture, Spawner},
@@ -63,7 +63,8 @@ pub struct RestoreOptions {
     pub skip_file_mode_check: bool,
     /// What was kept open since the dump: from [`super::DumpReport::kept`].
     pub kept: Kept,
-    /// Which pages are compared with their checksums before anything runs.
+    /// Which pages are compared with their checksums before anything runs. When the restore is lazy, those that come later
+    /// are compared when they come.
     pub check: Pages,
     /// How long CRIU may take.
     pub timeout: Duration,
@@ -267,14 +268,16 @@ impl Engine {
     ) -> Result<Fill, Eager> {
         let lazy = options.lazy.as_ref().ok_or(Eager::Off)?;
         pager::consider(lazy, image, &container.cgroup)?;
+        let sums = Claim::open(image).map_err(|error| Eager::Pager(io::Error::other(error)))?;
         let place = Place {
             images: image.images_dir(),
             work: image.work_dir(),
             store: image.container_dir(),
             generation: image.manifest().generation,
+            sums,
             cgroup: &container.cgroup,
         };
-        pager::start(&place, lazy, &self.spawner).map_err(Eager::Pager)
+        pager::start(place, lazy, &self.spawner).map_err(Eager::Pager)
     }
 
     /// From the mounted root file system to processes that run.
@@ -322,7 +325,8 @@ impl Engine {
 
         // Both go on beside CRIU: what it reads next is on its way, and what it has read is compared.
         let _readahead = image.readahead(&[])?;
-        let check = image.check_in_background(options.check);
+        let lazy = attempt.fill.is_some();
+        let check = image.check_in_background(if lazy { Pages::Eager } else { options.check });
         let failed = |error| RestoreError::Criu(Failure::new(error, image.work_dir(), LOG));
         let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
         let mut notify = Notify {

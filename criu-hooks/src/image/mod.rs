@@ -41,6 +41,7 @@ pub use manifest::{
 };
 pub use readahead::{Part, Readahead};
 pub use store::Store;
+pub(crate) use sums::Claim;
 pub use sums::{BLOCK, PageSums};
 pub use writeback::Writeback;
 pub use writer::ImageWriter;

@@ -14,8 +14,9 @@
 //! follows from the manifest, so nothing in it decides how much is read. XXH3 finds what breaks by itself: it is no
 //! defence against who can write as root, who could replace CRIU as well.
 
-use std::{fs::File, io::Read, os::fd::AsFd};
+use std::{fs::File, io::Read, os::fd::AsFd, path::PathBuf};
 
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Error, Image, Manifest, directory, manifest::pages_number};
@@ -48,12 +49,12 @@ pub(super) struct FileSums {
 /// The checksums of all pages of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageSums {
-    image: std::path::PathBuf,
+    image: PathBuf,
     files: Vec<FileSums>,
 }
 
 /// What a file of checksums must belong to.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Owner {
     pub(super) generation: u64,
     pub(super) manifest_sha256: [u8; 32],
@@ -140,15 +141,19 @@ pub(super) fn blocks(bytes: u64) -> u64 {
     bytes.div_ceil(BLOCK)
 }
 
-impl PageSums {
-    /// Reads the checksums of an image; none when there are none, because the agent was woken before they were
-    /// computed.
-    ///
-    /// # Errors
-    /// [`Error::SumsInvalid`] when they are not this image's, [`Error::Missing`] when they are known to have been there.
-    pub fn open(image: &Image) -> Result<Option<PageSums>, Error> {
+/// What tells the checksums of an image from any others: for another process to read them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Claim {
+    image: PathBuf,
+    owner: Owner,
+    /// The checksum of the checksums, when this program wrote them.
+    known: Option<u64>,
+}
+
+impl Claim {
+    /// The file of an image's checksums, not yet read, and what they must be; none when there are none.
+    pub(crate) fn open(image: &Image) -> Result<Option<(File, Claim)>, Error> {
         let path = image.path.join(SUMS);
-        let invalid = |why| Error::SumsInvalid { path: path.clone(), why };
         let known = image.finish.published();
         let file = match directory::open_file(image.directory.as_fd(), SUMS) {
             Ok(file) => File::from(file),
@@ -156,23 +161,40 @@ impl PageSums {
             Err(rustix::io::Errno::NOENT) => {
                 return Err(Error::Missing { image: image.path.clone(), file: SUMS.to_owned() });
             }
-            Err(rustix::io::Errno::LOOP) => return Err(invalid("it is a link")),
+            Err(rustix::io::Errno::LOOP) => return Err(Error::SumsInvalid { path, why: "it is a link" }),
             Err(error) => return Err(Error::io("open", &path, error.into())),
         };
+        Ok(Some((file, Claim { image: image.path.clone(), owner: image.owner(), known })))
+    }
+
+    /// Reads the checksums.
+    pub(crate) fn read(self, file: File) -> Result<PageSums, Error> {
+        let path = self.image.join(SUMS);
+        let invalid = |why| Error::SumsInvalid { path: path.clone(), why };
         let read = |source| Error::io("read", &path, source);
-        let owner = image.owner();
-        let length = owner.length().ok_or_else(|| invalid("there are too many pages"))?;
+        let length = self.owner.length().ok_or_else(|| invalid("there are too many pages"))?;
         let found = file.metadata().map_err(read)?;
         if !found.is_file() || found.len() != length {
             return Err(invalid("its length is not that of the checksums of these pages"));
         }
         let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
         file.take(length + 1).read_to_end(&mut bytes).map_err(read)?;
-        let (files, own) = owner.parse(&bytes).map_err(invalid)?;
-        if known.is_some_and(|known| known != own) {
+        let (files, own) = self.owner.parse(&bytes).map_err(invalid)?;
+        if self.known.is_some_and(|known| known != own) {
             return Err(invalid("it is not the one that was written after the dump"));
         }
-        Ok(Some(PageSums { image: image.path.clone(), files }))
+        Ok(PageSums { image: self.image, files })
+    }
+}
+
+impl PageSums {
+    /// Reads the checksums of an image; none when there are none, because the agent was woken before they were
+    /// computed.
+    ///
+    /// # Errors
+    /// [`Error::SumsInvalid`] when they are not this image's, [`Error::Missing`] when they are known to have been there.
+    pub fn open(image: &Image) -> Result<Option<PageSums>, Error> {
+        Claim::open(image)?.map(|(file, claim)| claim.read(file)).transpose()
     }
 
     /// Checks bytes that were read from `pages-<number>.img` at `offset`: both whole blocks, but for a last one that

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -13,7 +14,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{Mode, OFlags},
+    fs::{Mode, OFlags, SeekFrom},
     net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType},
     process::{Signal, pidfd_send_signal},
 };
@@ -25,11 +26,11 @@ use tokio::{
 use super::{
     Command, Fill, FillError, FillReport, LazyOptions,
     criu_socket::{CriuSocket, News},
-    wire::{self, FromPager, Tally, ToPager},
+    wire::{self, FromPager, Start, Tally, ToPager},
 };
 use crate::{
     cgroup::Cgroup,
-    image::pagemap::PAGE,
+    image::{Claim, pagemap::PAGE},
     readiness,
     spawn::{ExitFuture, Spawner},
 };
@@ -53,24 +54,27 @@ pub(crate) struct Place<'a> {
     pub store: BorrowedFd<'a>,
     /// The generation of the image.
     pub generation: u64,
+    /// The checksums of its pages, when it has any.
+    pub sums: Option<(File, Claim)>,
     /// The container's.
     pub cgroup: &'a Cgroup,
 }
 
 /// Starts a pager and listens for CRIU.
-pub(crate) fn start(
-    place: &Place<'_>,
-    options: &LazyOptions,
-    spawner: &Arc<dyn Spawner>,
-) -> io::Result<Fill> {
+pub(crate) fn start(place: Place<'_>, options: &LazyOptions, spawner: &Arc<dyn Spawner>) -> io::Result<Fill> {
     let kill = place.cgroup.path().join("cgroup.kill");
     let kill = rustix::fs::open(kill, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     let criu = CriuSocket::listen(place.work)?;
+    let (file, sums) = place.sums.map_or((None, None), |(file, claim)| (Some(file), Some(claim)));
     let base = Base {
         options: options.clone(),
         spawner: Arc::clone(spawner),
         cgroup: place.cgroup.clone(),
-        directories: [place.images.try_clone_to_owned()?, place.store.try_clone_to_owned()?, kill],
+        descriptors: [place.images.try_clone_to_owned()?, place.store.try_clone_to_owned()?, kill]
+            .into_iter()
+            .chain(file.map(OwnedFd::from))
+            .collect(),
+        sums,
         generation: place.generation,
     };
     let pager = base.pager(FORKED)?;
@@ -101,8 +105,9 @@ struct Base {
     options: LazyOptions,
     spawner: Arc<dyn Spawner>,
     cgroup: Cgroup,
-    /// The images, the store, and `cgroup.kill`.
-    directories: [OwnedFd; 3],
+    /// The images, the store, `cgroup.kill`, and the checksums.
+    descriptors: Vec<OwnedFd>,
+    sums: Option<Claim>,
     generation: u64,
 }
 
@@ -126,15 +131,20 @@ impl Base {
         let socket = readiness::watch(ours, Interest::READABLE | Interest::WRITABLE)?;
         let child = self.spawner.spawn(program)?;
         let pager = Pager { socket, pidfd: child.pidfd, exit: Some(child.exit), closed: false };
-        let start = ToPager::Start {
+        let start = Start {
             next_id,
             generation: self.generation,
             window: u64::try_from(self.options.window.as_millis()).unwrap_or(u64::MAX),
             cap: self.options.working_set_bytes,
+            sums: self.sums.clone(),
         };
-        let directories = self.directories.each_ref().map(AsFd::as_fd);
+        if let Some(file) = self.descriptors.get(3) {
+            // Where the one before has read it, it is at its end.
+            rustix::fs::seek(file, SeekFrom::Start(0))?;
+        }
+        let descriptors: Vec<_> = self.descriptors.iter().map(AsFd::as_fd).collect();
         // The queue is empty, so there is room.
-        wire::send(pager.socket.get_ref().as_fd(), &start, &directories, SendFlags::empty())?;
+        wire::send(pager.socket.get_ref().as_fd(), &start, &descriptors, SendFlags::empty())?;
         Ok(pager)
     }
 }

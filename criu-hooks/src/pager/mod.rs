@@ -38,8 +38,8 @@ pub(crate) use holder::{Place, start};
 pub use server::run;
 pub(crate) use working_set::WorkingSet;
 
-/// Below this many bytes of lazy memory an eager restore is as fast: it needs no pager.
-pub const LEAST_BYTES: u64 = 8 << 20;
+/// Below this many bytes of lazy memory an eager restore is about as fast, and compares all pages before anything runs.
+pub const LEAST_BYTES: u64 = 32 << 20;
 /// The most that is recorded of a working set, in bytes.
 pub const WORKING_SET_BYTES: u64 = 64 << 20;
 

@@ -9,6 +9,7 @@ use std::{
     io::{self, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     process::ExitCode,
+    rc::Rc,
     time::{Duration, Instant},
 };
 
@@ -20,12 +21,13 @@ use rustix::{
 };
 
 use super::{
+    source::Source,
     task::{Counts, Progress, Task, TaskError},
     uffd::Event,
-    wire::{self, FromPager, Tally, ToPager},
+    wire::{self, FromPager, Start, Tally, ToPager},
     working_set::{BLOCK, Recorder, WorkingSet},
 };
-use crate::image::pagemap::PAGE;
+use crate::image::{self, PageSums, pagemap::PAGE};
 
 /// The largest piece that is filled at once.
 const LARGE: usize = 1 << 20;
@@ -47,6 +49,8 @@ const TURN: usize = 64;
 enum ServeError {
     #[error(transparent)]
     Task(#[from] TaskError),
+    #[error(transparent)]
+    Sums(image::Error),
     #[error("the pager cannot go on: {0}")]
     Io(#[from] io::Error),
     #[error("the shim speaks another language: {0}")]
@@ -83,6 +87,8 @@ struct Server {
     /// Where the working set is kept.
     store: OwnedFd,
     kill: File,
+    /// None when the agent was woken before they were there.
+    sums: Option<Rc<PageSums>>,
     generation: u64,
     window: Duration,
     cap: u64,
@@ -108,18 +114,31 @@ struct Server {
 
 impl Server {
     fn start(socket: OwnedFd) -> Result<Server, ServeError> {
-        let first = wire::receive(&socket, RecvFlags::empty())?;
-        let Some((ToPager::Start { next_id, generation, window, cap }, descriptors)) = first else {
+        let first = wire::receive::<Start>(&socket, RecvFlags::empty())?;
+        let Some((Start { next_id, generation, window, cap, sums }, mut descriptors)) = first else {
             return Err(ServeError::Protocol("no beginning"));
         };
+        let sums_file = (descriptors.len() == 4).then(|| descriptors.pop()).flatten();
         let [images, store, kill] = <[OwnedFd; 3]>::try_from(descriptors)
             .map_err(|_| ServeError::Protocol("a beginning without directories"))?;
+        let mut kill = File::from(kill);
+        let sums = match (sums, sums_file) {
+            (Some(claim), Some(file)) => match claim.read(file.into()) {
+                Ok(sums) => Some(Rc::new(sums)),
+                Err(error) => {
+                    end(&mut kill, Some(&socket), &error);
+                    return Err(ServeError::Sums(error));
+                }
+            },
+            _ => None,
+        };
         drop_privileges();
         Ok(Server {
             shim: Some(socket),
             images,
             store,
-            kill: kill.into(),
+            kill,
+            sums,
             generation,
             window: Duration::from_millis(window),
             cap,
@@ -197,20 +216,21 @@ impl Server {
 
     fn message(&mut self, message: ToPager, descriptors: Vec<OwnedFd>) -> Result<(), ServeError> {
         match message {
-            ToPager::Start { .. } => return Err(ServeError::Protocol("a second beginning")),
             ToPager::Task { id, pid, forks, forked } => {
                 let mut descriptors = descriptors.into_iter();
                 let uffd =
                     descriptors.next().ok_or(ServeError::Protocol("a process without its userfaultfd"))?;
-                let images = self.images.as_fd();
+                let source = Rc::new(
+                    Source::open(self.images.as_fd(), pid, self.sums.clone()).map_err(TaskError::from)?,
+                );
                 let task = match descriptors.next() {
-                    Some(journal) => Task::resume((id, pid, forked, forks), uffd, journal, images)?,
+                    Some(journal) => Task::resume((id, pid, forked, forks), uffd, journal, source)?,
                     None if forked || forks > 0 => {
                         let why = "its journal was lost".to_owned();
                         return Err(TaskError::Doubt { pid, why }.into());
                     }
                     None => {
-                        let task = Task::new(id, pid, uffd, images)?;
+                        let task = Task::new(id, pid, uffd, source)?;
                         self.tell(&FromPager::Journal { id }, &[task.journal()])?;
                         task
                     }
@@ -419,8 +439,16 @@ impl Server {
 
     /// Ends the container before its memory becomes wrong, which is when the last userfaultfd is closed.
     fn give_up(&mut self, error: &ServeError) {
-        let _ = self.kill.write_all(b"1");
-        let _ = self.tell(&FromPager::Failed { why: error.to_string() }, &[]);
+        end(&mut self.kill, self.shim.as_ref(), error);
+    }
+}
+
+/// Kills the container, and tells the shim why.
+fn end(kill: &mut File, shim: Option<&OwnedFd>, error: &impl std::fmt::Display) {
+    let _ = kill.write_all(b"1");
+    if let Some(shim) = shim {
+        let _ =
+            wire::send(shim.as_fd(), &FromPager::Failed { why: error.to_string() }, &[], SendFlags::empty());
     }
 }
 

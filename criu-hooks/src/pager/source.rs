@@ -1,11 +1,12 @@
 //! Where the bytes of lazy pages come from.
 //!
-//! All bytes that reach a process pass [`Source::read`]: a check of their contents belongs there.
+//! All bytes that reach a process pass [`Source::read`], and are compared with the checksums there.
 
 use std::{
     fs::File,
     io::{self, IoSliceMut},
     os::fd::{AsFd, BorrowedFd},
+    rc::Rc,
 };
 
 use rustix::{
@@ -14,7 +15,10 @@ use rustix::{
 };
 
 use super::space::{Run, Space};
-use crate::image::pagemap::{PAGE, Pagemap, PagemapError};
+use crate::image::{
+    self, PageSums,
+    pagemap::{PAGE, Pagemap, PagemapError},
+};
 
 /// Why pages cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +44,9 @@ pub enum SourceError {
         /// The page that it lacks.
         page: u64,
     },
+    /// The pages are not those of the dump.
+    #[error(transparent)]
+    Altered(image::Error),
 }
 
 /// Lazy pages that follow one another in the pages file.
@@ -58,14 +65,17 @@ struct Segment {
 #[derive(Debug)]
 pub(super) struct Source {
     name: String,
+    /// The number in its name.
+    number: u32,
     file: File,
+    sums: Option<Rc<PageSums>>,
     segments: Vec<Segment>,
     pages: u64,
 }
 
 impl Source {
     /// Those of the process `pid`, by its id inside the container, in the directory `images`.
-    pub fn open(images: BorrowedFd<'_>, pid: u32) -> Result<Source, SourceError> {
+    pub fn open(images: BorrowedFd<'_>, pid: u32, sums: Option<Rc<PageSums>>) -> Result<Source, SourceError> {
         let map = Pagemap::read(images, &Pagemap::name(pid))?;
         let name = map.pages_name();
         let failed =
@@ -82,7 +92,7 @@ impl Source {
             segments.push(Segment { address: entry.start, source: pages, position, pages: entry.pages });
             pages += entry.pages;
         }
-        Ok(Source { name, file: file.into(), segments, pages })
+        Ok(Source { name, number: map.pages_id, file: file.into(), sums, segments, pages })
     }
 
     /// How many lazy pages there are.
@@ -110,8 +120,12 @@ impl Source {
             let room = rest.len() as u64 / PAGE;
             let count = (segment.pages - skipped).min(room);
             let (piece, behind) = rest.split_at_mut(usize::try_from(count * PAGE).unwrap_or_default());
-            if !self.read_at(segment.position + skipped, piece, cached)? {
+            let position = segment.position + skipped;
+            if !self.read_at(position, piece, cached)? {
                 return Ok(false);
+            }
+            if let Some(sums) = &self.sums {
+                sums.check(self.number, position * PAGE, piece).map_err(SourceError::Altered)?;
             }
             (source, rest) = (source + count, behind);
         }
@@ -158,7 +172,7 @@ mod tests {
         let bytes: Vec<u8> = (0..9u8).flat_map(|page| vec![page; 4096]).collect();
         fs::write(directory.path().join("pages-7.img"), &bytes).unwrap();
         let images = File::open(directory.path()).unwrap();
-        let source = Source::open(images.as_fd(), 5).unwrap();
+        let source = Source::open(images.as_fd(), 5, None).unwrap();
         let space = source.space();
         assert_eq!((source.pages(), space.pages()), (6, 6));
         let at = |address| space.at(address);
@@ -174,7 +188,7 @@ mod tests {
         fs::write(directory.path().join("pages-7.img"), &bytes[..4096 * 7]).unwrap();
         let error = source.read(4, &mut pages[..4096 * 2], false).unwrap_err();
         assert!(matches!(error, SourceError::Truncated { page: 7, .. }), "{error}");
-        let error = Source::open(images.as_fd(), 5).unwrap_err();
+        let error = Source::open(images.as_fd(), 5, None).unwrap_err();
         assert!(matches!(error, SourceError::Pagemap(PagemapError::TooFewPages { .. })), "{error}");
     }
 }

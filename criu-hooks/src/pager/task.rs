@@ -84,8 +84,7 @@ pub(super) struct Counts {
 
 impl Task {
     /// A process that the restore has just made.
-    pub fn new(id: u32, pid: u32, uffd: OwnedFd, images: BorrowedFd<'_>) -> Result<Task, TaskError> {
-        let source = Rc::new(Source::open(images, pid)?);
+    pub fn new(id: u32, pid: u32, uffd: OwnedFd, source: Rc<Source>) -> Result<Task, TaskError> {
         let journal = Journal::create(source.pages()).map_err(|source| TaskError::Kernel {
             action: "give a journal",
             pid,
@@ -99,10 +98,9 @@ impl Task {
         (id, pid, forked, forks): (u32, u32, bool, usize),
         uffd: OwnedFd,
         journal: OwnedFd,
-        images: BorrowedFd<'_>,
+        source: Rc<Source>,
     ) -> Result<Task, TaskError> {
         let doubt = |why: String| TaskError::Doubt { pid, why };
-        let source = Rc::new(Source::open(images, pid)?);
         let journal = Journal::open(journal).map_err(|error| doubt(error.to_string()))?;
         if journal.pages() != source.pages() {
             return Err(doubt("the journal is another's".to_owned()));

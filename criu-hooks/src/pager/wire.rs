@@ -12,26 +12,32 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::image::Claim;
+
 /// The longest message, in bytes.
-const MAX: usize = 16 * 1024;
+const MAX: usize = 64 * 1024;
 /// The most descriptors of a message.
-const DESCRIPTORS: usize = 3;
+const DESCRIPTORS: usize = 4;
+
+/// What a pager begins with. Three descriptors come with it: the directory of the images, the one where the working set is
+/// kept, and the container's `cgroup.kill`; a fourth when there are checksums, their file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Start {
+    /// Ids of forked processes count from here.
+    pub next_id: u32,
+    /// The generation of the image.
+    pub generation: u64,
+    /// How long after the wake faults are recorded, in milliseconds.
+    pub window: u64,
+    /// The most that is recorded, in bytes.
+    pub cap: u64,
+    /// What the checksums of the pages must be.
+    pub sums: Option<Claim>,
+}
 
 /// From the shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum ToPager {
-    /// The first message, with three descriptors: the directory of the images, the one where the working set is kept,
-    /// and the container's `cgroup.kill`.
-    Start {
-        /// Ids of forked processes count from here.
-        next_id: u32,
-        /// The generation of the image.
-        generation: u64,
-        /// How long after the wake faults are recorded, in milliseconds.
-        window: u64,
-        /// The most that is recorded, in bytes.
-        cap: u64,
-    },
     /// A process, with its userfaultfd, and its journal when another pager had it before.
     Task {
         /// What it is called between shim and pager.
@@ -110,6 +116,9 @@ pub(super) fn send(
     flags: SendFlags,
 ) -> io::Result<()> {
     let bytes = serde_json::to_vec(message)?;
+    if bytes.len() > MAX {
+        return Err(io::Error::other("a message that is too long"));
+    }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
@@ -129,7 +138,7 @@ pub(super) fn receive<T: DeserializeOwned>(
     socket: impl AsFd,
     flags: RecvFlags,
 ) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    let mut bytes = [0; MAX];
+    let mut bytes = vec![0; MAX];
     let (length, descriptors) = receive_bytes(socket, &mut bytes, flags)?;
     if length == 0 {
         return Ok(None);

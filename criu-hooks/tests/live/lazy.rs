@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{FileExt, PermissionsExt},
     time::{Duration, Instant},
 };
 
@@ -285,6 +285,35 @@ on_a_node!(pages_that_are_gone_end_the_container, async || {
     }
     ended_without_a_wrong_byte(&mut agent).await;
     no_pager_remains().await;
+    agent.delete();
+});
+
+on_a_node!(a_page_that_was_altered_never_reaches_the_agent, async || {
+    let mut agent = start("altered", &["64"]);
+    let last = agent.count_on(0, 1).await;
+    agent.dump().await.unwrap();
+    let image = agent.image();
+    assert!(image.finish_in_background(None).unwrap().await.unwrap().summed);
+    let pages = image.path().join("img/pages-1.img");
+    let flip = || {
+        let file = fs::OpenOptions::new().read(true).write(true).open(&pages).unwrap();
+        let (mut byte, at) = ([0], file.metadata().unwrap().len() / 2 / 4096 * 4096 + 99);
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    };
+    flip();
+    let mut fill = restore(&mut agent).await;
+    match fill.complete().await {
+        Err(FillError::Failed(why)) => {
+            assert!(why.contains("pages-1.img") && why.contains("altered at byte"), "{why}");
+        }
+        other => panic!("{other:?}"),
+    }
+    ended_without_a_wrong_byte(&mut agent).await;
+    no_pager_remains().await;
+    flip();
+    completed(&mut restore(&mut agent).await).await;
+    agent.count_on(last, 2).await;
     agent.delete();
 });
 
