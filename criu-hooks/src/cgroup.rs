@@ -234,6 +234,14 @@ impl Cgroup {
             .map_err(|error| self.io("open", "cgroup.procs", error.into()))
     }
 
+    /// Moves a process here.
+    pub(crate) fn enter(&self, pid: Pid) -> Result<(), Error> {
+        let procs = self.open_procs()?;
+        rustix::io::write(&procs, pid.as_raw_nonzero().to_string().as_bytes())
+            .map(drop)
+            .map_err(|error| self.io("write", "cgroup.procs", error.into()))
+    }
+
     async fn wait(
         &self,
         timeout: Duration,

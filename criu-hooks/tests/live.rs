@@ -24,7 +24,7 @@ use criu_hooks::{
     cgroup::Cgroup,
     container::{self, Blocker},
     criu::{HookError, NoHooks, log::Cause},
-    engine::{DumpError, DumpHooks, DumpOptions, Engine, Failure, RestoreError, RestoreHooks},
+    engine::{DumpError, DumpHooks, DumpOptions, Engine, Failure, Handover, RestoreError, RestoreHooks},
     image,
     preflight::{self, Preflight},
     procfs,
@@ -47,6 +47,8 @@ macro_rules! on_a_node {
     };
 }
 
+#[path = "live/ahead.rs"]
+mod ahead;
 #[path = "live/fast.rs"]
 mod fast;
 #[path = "live/kills.rs"]
@@ -486,7 +488,7 @@ on_a_node!(the_process_is_known_before_it_runs_and_a_restore_can_be_refused, asy
         &agent.container,
         &image,
         &options,
-        agent.inherit(&image),
+        agent.inherit(&image).into(),
         &mut hooks,
     );
     let error = restore.await.unwrap_err();
@@ -498,14 +500,16 @@ on_a_node!(the_process_is_known_before_it_runs_and_a_restore_can_be_refused, asy
         &agent.container,
         &image,
         &options,
-        agent.inherit(&image),
+        agent.inherit(&image).into(),
         &mut hooks,
     );
     agent.pid = restore.await.unwrap().pid;
     assert_eq!((hooks.created, hooks.before_resume), (Some(agent.pid), Some(agent.pid)));
     agent.count_on(last, 10).await;
-    let again =
-        agent.engine.restore(NAMESPACE, &agent.container, &image, &options, Vec::new(), &mut NoHooks).await;
+    let again = agent
+        .engine
+        .restore(NAMESPACE, &agent.container, &image, &options, Handover::default(), &mut NoHooks)
+        .await;
     assert!(matches!(again, Err(RestoreError::Running(_))));
     agent.assert_running();
     agent.delete();

@@ -89,6 +89,8 @@ pub struct Options {
     pub criu_binary: PathBuf,
     /// Where CRIU works.
     pub criu_mode: CriuMode,
+    /// Start CRIU for the next wake as soon as an agent sleeps.
+    pub criu_started_ahead: bool,
     /// How much an agent's tmpfs mounts may hold, in MiB and in all, to stay in memory while it sleeps; the largest
     /// beyond that go into the image.
     pub memory_limit_mib: u64,
@@ -118,6 +120,7 @@ impl Default for Options {
             runc_root: "/run/containerd/runc".into(),
             criu_binary: "criu".into(),
             criu_mode: CriuMode::default(),
+            criu_started_ahead: false,
             memory_limit_mib: 16,
             image_dir: "/var/lib/agentcube/images".into(),
             image_cache_seconds: None,
@@ -436,6 +439,7 @@ mod tests {
             ("image_dir = 3", "image_dir"),
             ("log_level = \"loud\"", "loud"),
             ("criu_mode = \"fast\"", "fast"),
+            ("criu_started_ahead = 1", "criu_started_ahead"),
             ("memory_limit_mib = -1", "memory_limit_mib"),
             ("image_dir = \"images\"", "image_dir"),
             ("criu_binary = \"bin/criu\"", "criu_binary"),

@@ -196,3 +196,52 @@ fn a_checkpoint_of_a_sleeping_agent_has_its_shared_memory_and_loses_nothing() {
     wake(&node, &agent);
     assert_eq!(shared(&agent), wanted);
 }
+
+/// The process ids of the CRIUs that run on the node.
+fn criu_pids(node: &Node) -> Vec<String> {
+    node.sh("pgrep -x criu || true").unwrap().lines().map(str::to_owned).collect()
+}
+
+/// Puts the agent to sleep and waits for the one CRIU that waits then.
+fn sleep_with_criu(node: &Node, agent: &Agent) -> String {
+    sleep(node, agent);
+    let is_empty = |pid: &String| Ok(node.sh(&format!("wc -l < /proc/{pid}/mountinfo"))?.trim() == "1");
+    let waits = || match &criu_pids(node)[..] {
+        [pid] => is_empty(pid),
+        _ => Ok(false),
+    };
+    node.wait_until("one CRIU that waits", SOON, waits).unwrap();
+    criu_pids(node).remove(0)
+}
+
+#[test]
+fn a_criu_that_is_started_ahead_waits_beside_the_agent_and_no_longer_than_its_sleep() {
+    let node = start_with("criu_started_ahead = true\n");
+    let before = node.snapshot();
+    let agent = node.run_agent(&agent(Image::Python, "a").net(Net::Pod)).unwrap();
+    agent.wait_healthy().unwrap();
+    let wanted = fill(&agent, 1 << 20);
+    for round in 0..4 {
+        let criu = sleep_with_criu(&node, &agent);
+        cycle::assert_asleep(&node, &agent);
+        // One that has been killed is replaced by one that is started for the wake.
+        if round % 2 == 1 {
+            node.sh(&format!("kill -KILL {criu}")).unwrap();
+        }
+        wake(&node, &agent);
+        assert_eq!(criu_pids(&node), Vec::<String>::new());
+        assert_eq!(shared(&agent), wanted);
+    }
+    sleep_with_criu(&node, &agent);
+    agent.delete().unwrap();
+    node.wait_until_clean(&before, SOON).unwrap();
+}
+
+#[test]
+fn a_criu_that_is_started_ahead_ends_with_its_shim() {
+    let node = start_with("criu_started_ahead = true\n");
+    let agent = node.run_agent(&agent(Image::Counter, "c")).unwrap();
+    sleep_with_criu(&node, &agent);
+    node.sh(&format!("kill -KILL {}", inspect(&node, &agent)["shim_pid"])).unwrap();
+    node.wait_until("CRIU to end", SOON, || Ok(criu_pids(&node).is_empty())).unwrap();
+}

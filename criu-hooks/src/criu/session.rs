@@ -19,6 +19,7 @@ use std::{
 
 use protobuf::Message;
 use rustix::{
+    event::{PollFd, PollFlags, Timespec},
     fs::CWD,
     io::{Errno, FdFlags},
     mount::{MountPropagationFlags, MoveMountFlags, mount_change, move_mount},
@@ -32,7 +33,7 @@ use rustix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    hooks::{Event, HookError, NotifyHooks},
+    hooks::{Event, HookError, NoHooks, NotifyHooks},
     rpc::{Criu_req, Criu_req_type, Criu_resp},
 };
 use crate::{
@@ -181,6 +182,23 @@ impl Session {
     /// The process id of this CRIU.
     pub fn pid(&self) -> Pid {
         self.pid
+    }
+
+    /// Whether it has not ended. One that ends while this is asked may still count as alive.
+    pub fn is_alive(&self) -> bool {
+        let mut poll = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        self.exit.is_some() && matches!(rustix::event::poll(&mut poll, Some(&Timespec::default())), Ok(0))
+    }
+
+    /// Waits until this CRIU has started: from then on it uses nothing of its surroundings until the next request.
+    ///
+    /// # Errors
+    /// As [`Session::request`].
+    pub async fn wait_until_ready(&mut self) -> Result<(), Error> {
+        let mut request = Criu_req::new();
+        request.set_type(Criu_req_type::VERSION);
+        request.set_keep_open(true);
+        self.request(&request, &mut NoHooks).await.map(drop)
     }
 
     /// Sends one request and sees it through: each notification goes to `hooks`, whose word is CRIU's order.

@@ -3,6 +3,7 @@
 //! Every future here may be dropped at any time, on a runtime that goes on: a dump then lets the agent run on (unless the
 //! kill had begun: then it is seen through), a restore leaves nothing of what it had made. Both have bounds in time.
 
+mod ahead;
 mod dump;
 mod freezer;
 mod ghosts;
@@ -23,10 +24,11 @@ use std::{
 use async_trait::async_trait;
 use rustix::process::Pid;
 
+pub use ahead::Spare;
 pub use dump::{DumpError, DumpOptions, DumpReport};
 pub use mode::ClassicReason;
 pub use namespaces::Kept;
-pub use restore::{InheritFd, RestoreError, RestoreOptions, Restored};
+pub use restore::{Handover, InheritFd, RestoreError, RestoreOptions, Restored};
 pub use rootfs::RESTORE_ROOT;
 
 use crate::{

@@ -8,7 +8,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::ffi::OsStringExt,
     },
     path::PathBuf,
@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use rustix::{process::Pid, thread::LinkNameSpaceType};
 
 use super::{
-    DEATH_TIMEOUT, Engine, Failure, NETWORK_KEY, RestoreHooks, ext_mounts,
+    DEATH_TIMEOUT, Engine, Failure, NETWORK_KEY, RestoreHooks, Spare, ext_mounts,
     ghosts::Ghosts,
     memory::{self, Detached},
     namespaces::{self, Kept, Kind},
@@ -50,6 +50,21 @@ pub struct InheritFd {
     pub key: String,
     /// The descriptor.
     pub fd: OwnedFd,
+}
+
+/// What a restore uses up.
+#[derive(Debug, Default)]
+pub struct Handover {
+    /// Stands in for pipes and files that the processes had from outside.
+    pub inherit: Vec<InheritFd>,
+    /// A CRIU that waits: from [`Engine::start_ahead`]. One that has ended or does not fit costs nothing but a start.
+    pub spare: Option<Spare>,
+}
+
+impl From<Vec<InheritFd>> for Handover {
+    fn from(inherit: Vec<InheritFd>) -> Handover {
+        Handover { inherit, spare: None }
+    }
 }
 
 /// How a restore is to be made.
@@ -154,6 +169,9 @@ pub enum RestoreError {
         /// Why.
         source: io::Error,
     },
+    /// CRIU could not be started before it is needed.
+    #[error("CRIU cannot be started ahead: {0}")]
+    Ahead(io::Error),
     /// CRIU failed, or a hook called it off.
     #[error("the restore failed: {0}")]
     Criu(Failure),
@@ -186,9 +204,8 @@ impl RestoreError {
 }
 
 impl Engine {
-    /// Restores `container`, of the containerd namespace `namespace`, from `image`. `inherit` stands in for pipes and
-    /// files that the processes had from outside. The first process becomes a child of this process, and is reaped by
-    /// whoever reaps its children.
+    /// Restores `container`, of the containerd namespace `namespace`, from `image`. The first process becomes a
+    /// child of this process, and is reaped by whoever reaps its children.
     ///
     /// # Errors
     /// See [`RestoreError`]; on every one of them nothing of the container runs and the image can be tried again. When
@@ -200,7 +217,7 @@ impl Engine {
         container: &Container,
         image: &Image,
         options: &RestoreOptions,
-        inherit: Vec<InheritFd>,
+        handover: Handover,
         hooks: &mut dyn RestoreHooks,
     ) -> Result<Restored, RestoreError> {
         let started = Instant::now();
@@ -244,7 +261,7 @@ impl Engine {
             Err(eager) => (None, Some(eager)),
         };
         attempt.fill = fill;
-        let result = self.try_restore(&mut attempt, container, image, options, memory, inherit, hooks).await;
+        let result = self.try_restore(&mut attempt, container, image, options, handover, memory, hooks).await;
         match result {
             Ok((pid, console)) => {
                 attempt.failed = false;
@@ -288,8 +305,8 @@ impl Engine {
         container: &Container,
         image: &Image,
         options: &RestoreOptions,
+        handover: Handover,
         memory: Vec<Detached>,
-        inherit: Vec<InheritFd>,
         hooks: &mut dyn RestoreHooks,
     ) -> Result<(Pid, Option<OwnedFd>), RestoreError> {
         let mut launch = Launch::new(&self.criu);
@@ -319,8 +336,16 @@ impl Engine {
                 join_namespaces(&mut request, &mut launch, container, options)?;
             }
         }
+        let Handover { inherit, spare } = handover;
+        let spare = match spare.filter(|spare| spare.fits(&facts.outside, &inherit)) {
+            Some(spare) => spare.move_in(&container.cgroup).await,
+            None => None,
+        };
         for InheritFd { key, fd } in inherit {
-            inherit_as(&mut request, &mut launch, key, fd);
+            match spare.as_ref().and_then(|spare| spare.number(&key)) {
+                Some(number) => name_inherited(&mut request, key, number),
+                None => inherit_as(&mut request, &mut launch, key, fd),
+            }
         }
 
         // Both go on beside CRIU: what it reads next is on its way, and what it has read is compared.
@@ -328,7 +353,11 @@ impl Engine {
         let lazy = attempt.fill.is_some();
         let check = image.check_in_background(if lazy { Pages::Eager } else { options.check });
         let failed = |error| RestoreError::Criu(Failure::new(error, image.work_dir(), LOG));
-        let session = attempt.session.insert(Session::start(&*self.spawner, launch).map_err(failed)?);
+        let session = match spare {
+            Some(spare) => spare.show(&launch.mounts).map_err(RestoreError::Memory)?,
+            None => Session::start(&*self.spawner, launch).map_err(failed)?,
+        };
+        let session = attempt.session.insert(session);
         let mut notify = Notify {
             hooks,
             created: &mut attempt.created,
@@ -396,7 +425,7 @@ fn show(
 }
 
 /// The namespaces in which the dump was made, for CRIU to work in.
-fn join(
+pub(super) fn join(
     container: &Container,
     kept: &Kept,
     outside: &Outside,
@@ -459,11 +488,16 @@ fn join_namespaces(
 
 /// Hands a descriptor to CRIU under a key.
 fn inherit_as(request: &mut Criu_req, launch: &mut Launch<'_>, key: String, fd: OwnedFd) {
+    name_inherited(request, key, fd.as_raw_fd());
+    launch.inherit.push(fd);
+}
+
+/// Tells CRIU what its descriptor `number` is.
+fn name_inherited(request: &mut Criu_req, key: String, number: RawFd) {
     let mut inherit = Inherit_fd::new();
     inherit.set_key(key);
-    inherit.set_fd(fd.as_raw_fd());
+    inherit.set_fd(number);
     request.opts.mut_or_insert_default().inherit_fd.push(inherit);
-    launch.inherit.push(fd);
 }
 
 /// What must be put right when a restore goes wrong or is given up.

@@ -18,7 +18,8 @@ use criu_hooks::{
     container::Container,
     criu::NoHooks,
     engine::{
-        DumpError, DumpOptions, DumpReport, Engine, InheritFd, Kept, RestoreError, RestoreOptions, Restored,
+        DumpError, DumpOptions, DumpReport, Engine, Handover, InheritFd, Kept, RestoreError, RestoreOptions,
+        Restored, Spare,
     },
     image::{Image, Store},
     procfs,
@@ -44,6 +45,7 @@ pub struct Agent {
     /// What has been read and not yet been looked at.
     seen: String,
     pub kept: Kept,
+    pub spare: Option<Spare>,
 }
 
 /// How a container differs from runc's default.
@@ -102,6 +104,7 @@ impl Agent {
             output,
             seen: String::new(),
             kept: Kept::default(),
+            spare: None,
         }
     }
 
@@ -196,9 +199,10 @@ impl Agent {
 
     pub async fn restore(&mut self) -> Result<Restored, RestoreError> {
         let image = self.image();
-        let (options, inherit) = (self.restore_options(), self.inherit(&image));
+        let options = self.restore_options();
+        let handover = Handover { inherit: self.inherit(&image), spare: self.spare.take() };
         let restored =
-            self.engine.restore(NAMESPACE, &self.container, &image, &options, inherit, &mut NoHooks).await?;
+            self.engine.restore(NAMESPACE, &self.container, &image, &options, handover, &mut NoHooks).await?;
         self.pid = restored.pid;
         Ok(restored)
     }

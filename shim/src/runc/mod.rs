@@ -1,5 +1,6 @@
 //! The real runtime: runc for create, start, exec and delete, the engine for sleeps, the cgroup for the rest.
 
+mod ahead;
 mod checkpoint;
 mod cleanup;
 mod create;
@@ -31,6 +32,7 @@ use runc::{
 use tokio::sync::OnceCell;
 use tracing::{debug, info, warn};
 
+use self::ahead::Ahead;
 use self::process::{ProcessHandle, runc_error};
 pub use self::{cleanup::cleanup, create::RuncFactory};
 use crate::{
@@ -97,6 +99,8 @@ struct SleepImage {
     kind: ImageKind,
     /// Keeps namespaces that are the container's own.
     kept: Kept,
+    /// A CRIU that waits for the wake.
+    ahead: Option<Ahead>,
 }
 
 /// By which engine the image was made, and must be restored.
@@ -347,8 +351,8 @@ impl Runtime for RuncContainer {
     }
 
     fn drop_image(&self) {
-        let Some(SleepImage { kind, kept }) = self.lock().image.take() else { return };
-        drop(kept);
+        let Some(SleepImage { kind, kept, ahead }) = self.lock().image.take() else { return };
+        drop((kept, ahead));
         let id = self.id.clone();
         let fill = self.lock().fill.clone();
         let (ImageKind::Direct(mut image) | ImageKind::Runc(mut image)) = kind;

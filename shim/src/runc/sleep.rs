@@ -12,7 +12,8 @@ use criu_hooks::{
     container::Container,
     criu::HookError,
     engine::{
-        DumpError, DumpHooks, DumpOptions, InheritFd, Kept, RestoreError, RestoreHooks, RestoreOptions,
+        DumpError, DumpHooks, DumpOptions, Handover, InheritFd, Kept, RestoreError, RestoreHooks,
+        RestoreOptions, Spare,
     },
     image::{self, Expected, Image, ImageWriter, Mode, Pages, Store},
     pager::{Eager, Fill, LazyOptions},
@@ -22,7 +23,7 @@ use rustix::process::Pid;
 use tracing::{error, info, warn};
 
 use super::{
-    FREEZE, ImageKind, RuncContainer, SleepImage, failed, precondition,
+    Ahead, FREEZE, ImageKind, RuncContainer, SleepImage, failed, precondition,
     process::{self, ProcessHandle},
     state_file,
 };
@@ -111,6 +112,11 @@ fn dump_error(error: DumpError) -> RuntimeError {
     }
 }
 
+/// What stands in for pipes, as the engine takes it.
+fn for_engine(inherit: Vec<Inherit>) -> Vec<InheritFd> {
+    inherit.into_iter().map(|end| InheritFd { key: end.key, fd: end.fd }).collect()
+}
+
 /// The mode's name in reports.
 fn mode_name(mode: Mode) -> &'static str {
     match mode {
@@ -184,7 +190,7 @@ impl RuncContainer {
             }
             Err(reason) => {
                 warn!(id = %self.id, %reason, "runc is of an unknown kind: it dumps and restores this container itself");
-                let image = self.dump_with_runc(init, container.spec_digest, &writer, &veto).await?;
+                let image = self.dump_with_runc(init, container.spec_digest.clone(), &writer, &veto).await?;
                 (RUNC, criu_hooks::engine::DumpReport::default(), Some(image))
             }
         };
@@ -203,11 +209,32 @@ impl RuncContainer {
             classic_because: dumped.classic_because.map(|reason| reason.to_string()),
             memory_bytes: dumped.memory_bytes,
         };
+        let ahead = self.options.criu_started_ahead && made_by == DIRECT;
+        let ahead = if ahead { self.start_ahead(container, &image, &dumped.kept) } else { None };
         let kind = if made_by == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
         let mut inner = self.lock();
         inner.last_pids = pids;
-        inner.image = Some(SleepImage { kind, kept: dumped.kept });
+        inner.image = Some(SleepImage { kind, kept: dumped.kept, ahead });
         Ok(report)
+    }
+
+    /// Starts a CRIU for the next wake, without waiting for it.
+    fn start_ahead(&self, container: Container, image: &Arc<Image>, kept: &Kept) -> Option<Ahead> {
+        let ready =
+            kept.try_clone().map_err(failed).and_then(|kept| Ok((kept, self.io.inherit().map_err(failed)?)));
+        match ready {
+            Ok((kept, inherit)) => Some(Ahead::start(
+                self.engine.clone(),
+                container,
+                Arc::clone(image),
+                kept,
+                for_engine(inherit),
+            )),
+            Err(error) => {
+                warn!(id = %self.id, %error, "CRIU is not started ahead");
+                None
+            }
+        }
     }
 
     /// A new image on the disk, without what earlier failures have left.
@@ -222,15 +249,19 @@ impl RuncContainer {
     }
 
     pub(super) async fn wake_up(&self) -> Result<Restored, RuntimeError> {
-        let (kind, kept) = {
-            let inner = self.lock();
-            let image = inner.image.as_ref().ok_or_else(|| failed("there is no image of it"))?;
-            (image.kind.clone(), image.kept.try_clone().map_err(failed)?)
+        let (kind, kept, ahead) = {
+            let mut inner = self.lock();
+            let image = inner.image.as_mut().ok_or_else(|| failed("there is no image of it"))?;
+            (image.kind.clone(), image.kept.try_clone().map_err(failed)?, image.ahead.take())
+        };
+        let spare = match ahead {
+            Some(ahead) => ahead.take().await,
+            None => None,
         };
         let container = self.for_engine()?;
         let (woken, engine) = match &kind {
             ImageKind::Direct(image) => {
-                let woken = self.restore_directly(&container, image, kept).await?;
+                let woken = self.restore_directly(&container, image, kept, spare).await?;
                 if let Err(error) = state_file::update(&self.state_file(), woken.pid) {
                     warn!(id = %self.id, %error, "runc does not know the new init process: the next exec tells it");
                 }
@@ -260,14 +291,15 @@ impl RuncContainer {
         container: &Container,
         image: &Image,
         kept: Kept,
+        spare: Option<Spare>,
     ) -> Result<Woken, RuntimeError> {
         let again = kept.try_clone().map_err(failed)?;
         let lazy = self.options.lazy();
-        match self.restore_once(container, image, kept, lazy).await? {
+        match self.restore_once(container, image, kept, spare, lazy).await? {
             Ok(woken) => Ok(woken),
             Err(error) if error.is_lazy_refused() => {
                 warn!(id = %self.id, %error, "a lazy restore failed: all memory is restored at once");
-                self.restore_once(container, image, again, None).await?.map_err(failed)
+                self.restore_once(container, image, again, None, None).await?.map_err(failed)
             }
             Err(error) => Err(failed(error)),
         }
@@ -278,15 +310,16 @@ impl RuncContainer {
         container: &Container,
         image: &Image,
         kept: Kept,
+        spare: Option<Spare>,
         lazy: Option<LazyOptions>,
     ) -> Result<Result<Woken, RestoreError>, RuntimeError> {
         let inherit = self.io.inherit().map_err(failed)?;
-        let inherit = inherit.into_iter().map(|end| InheritFd { key: end.key, fd: end.fd }).collect();
+        let handover = Handover { inherit: for_engine(inherit), spare };
         let timeout = time_for(image.bytes());
         let options = RestoreOptions { kept, timeout, lazy, ..RestoreOptions::default() };
         let mut hooks = ClaimInit { reaper: self.reaper.clone(), mark: Some(self.reaper.mark()), init: None };
         let restored =
-            self.engine.restore(&self.namespace, container, image, &options, inherit, &mut hooks).await;
+            self.engine.restore(&self.namespace, container, image, &options, handover, &mut hooks).await;
         let restored = match restored {
             Ok(restored) => restored,
             Err(error) => return Ok(Err(error)),
