@@ -32,6 +32,22 @@ pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
 const READER_POLL: Duration = Duration::from_millis(50);
 const READER_LIMIT: Duration = Duration::from_mins(2);
 
+/// How long a client may take to read the last of a process's output before its delete is answered, and how often it is
+/// looked whether it has.
+const LAST_READ: Duration = Duration::from_millis(500);
+const LAST_READ_POLL: Duration = Duration::from_millis(2);
+
+/// Waits a moment until a FIFO that was written to is empty. containerd's client opens its end beside everything else and
+/// gives up opening it when the delete is answered: on a busy machine it would lose what it has not begun to read.
+pub(super) async fn wait_until_read(fifo: &AsyncFd<OwnedFd>) {
+    let is_read = async {
+        while rustix::io::ioctl_fionread(fifo.get_ref()).is_ok_and(|bytes| bytes > 0) {
+            tokio::time::sleep(LAST_READ_POLL).await;
+        }
+    };
+    let _ = tokio::time::timeout(LAST_READ, is_read).await;
+}
+
 /// Closes a FIFO that was written to, so that its reader sees the end once it has read everything. A FIFO that nobody
 /// holds forgets what is in it: while there are bytes and no reader, as when containerd is being restarted, its write
 /// end is held on to.

@@ -185,5 +185,5 @@ async fn copy(name: &'static str, reader: OwnedFd, sink: Sink) {
             Ok(_) => {}
         }
     }
-    sink.finish();
+    sink.finish().await;
 }

@@ -87,8 +87,9 @@ impl Sink {
     }
 
     /// Closes it after the last word.
-    pub(super) fn finish(self) {
+    pub(super) async fn finish(self) {
         if let Self::Pipe(pipe) = self {
+            fifo::wait_until_read(&pipe).await;
             fifo::close_written(pipe.into_inner());
         }
     }

@@ -267,6 +267,6 @@ async fn write(sink: Option<Sink>, mut output: mpsc::UnboundedReceiver<Vec<u8>>,
         backlog.shrunk.notify_one();
     }
     if let Some(sink) = sink {
-        sink.finish();
+        sink.finish().await;
     }
 }

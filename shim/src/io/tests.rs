@@ -538,3 +538,27 @@ async fn input_for_a_sleeping_terminal_wakes_and_waits() {
     io.finish_restore(Some(master)).unwrap();
     assert_eq!(read_line(&process).await, "wake up\n");
 }
+
+#[tokio::test]
+async fn output_that_a_late_client_has_not_read_yet_is_waited_for_before_the_end() {
+    let fifos = Fifos::new();
+    let io = fifos.open(false, false).await;
+    let child = start(&io, "echo last").await;
+    child.exit.await.unwrap();
+    let path = fifos.path("stdout");
+    let read = Arc::new(Mutex::new(String::new()));
+    let client = std::thread::spawn({
+        let read = Arc::clone(&read);
+        move || {
+            std::thread::sleep(Duration::from_millis(150));
+            let mut file = File::open(path).unwrap();
+            let mut piece = [0; 100];
+            let mut text = lock(&read);
+            let length = file.read(&mut piece).unwrap();
+            text.push_str(std::str::from_utf8(&piece[..length]).unwrap());
+        }
+    });
+    assert!(drained(&io, LIMIT).await);
+    assert_eq!(*lock(&read), "last\n");
+    client.join().unwrap();
+}
