@@ -218,10 +218,14 @@ fn a_frozen_agent_stands_still_and_sleeps_deeper_without_waking() {
     let node = start();
     let counter = node.run_agent(&agent(Image::Counter, "c")).unwrap();
     counts_on(&node, &counter, 2);
-    let (task, pids) = (running(&counter), host_pids(&node, &counter));
+    let task = running(&counter);
 
     sleep_at(&node, &counter, "frozen");
     assert!(frozen(&node, &counter));
+    // It starts a new child at each tick while it runs.
+    let pids = host_pids(&node, &counter);
+    assert!(!pids.is_empty());
+    thread::sleep(SEVERAL_TICKS);
     assert_eq!(host_pids(&node, &counter), pids);
     assert_eq!(running(&counter), task);
     wake(&node, &counter);
