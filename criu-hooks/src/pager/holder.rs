@@ -378,6 +378,7 @@ impl Holder {
         FillReport {
             bytes: tally.pages * PAGE,
             zero_bytes: tally.zero_pages * PAGE,
+            absent_bytes: tally.absent_pages * PAGE,
             faults: tally.faults,
             first_fault: tally.first_fault.map(Duration::from_micros),
             prefetched_bytes: tally.prefetched * PAGE,

@@ -147,7 +147,7 @@ impl Journal {
         Ok(event)
     }
 
-    /// Notes that pages of the image are in place.
+    /// Notes that pages of the image are in place, or that nobody can miss them.
     pub fn place(&self, source: u64, pages: u64) {
         for source in source..source + pages {
             if let Some((word, bit)) = self.bit(source) {

@@ -81,6 +81,8 @@ pub struct FillReport {
     pub bytes: u64,
     /// Of these, zeros that take no memory until they are written.
     pub zero_bytes: u64,
+    /// Bytes that nobody can read, as a child's memory has holes where its parent asked for them.
+    pub absent_bytes: u64,
     /// Faults that were served.
     pub faults: u64,
     /// From the wake to the first fault.

@@ -432,8 +432,8 @@ impl Server {
         self.tally.working_set = set.blocks().count() as u64 * (BLOCK / PAGE);
         // It costs the next wake some time, no more.
         let _ = set.save(self.store.as_fd());
-        let Counts { pages, zero_pages } = self.counts;
-        let tally = Tally { pages, zero_pages, ..self.tally.clone() };
+        let Counts { pages, zero_pages, absent_pages } = self.counts;
+        let tally = Tally { pages, zero_pages, absent_pages, ..self.tally.clone() };
         self.tell(&FromPager::Done(tally), &[])
     }
 

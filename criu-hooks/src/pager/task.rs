@@ -48,7 +48,7 @@ pub(super) enum Progress {
     Made,
     /// It must be tried again: something has to be read or to happen first.
     Later,
-    /// There is no memory where the pages belong, and nobody has told so.
+    /// There is no memory where the pages belong yet.
     Absent,
     /// The container's memory limit is in the way.
     NoRoom,
@@ -72,6 +72,8 @@ pub(super) struct Task {
     pub waiting: VecDeque<u64>,
     /// The shim was told that nothing is left to do.
     pub told: bool,
+    /// Its memory is known to be registered: the kernel has told of it, or has taken a page.
+    registered: bool,
     runs: Vec<Run>,
 }
 
@@ -80,6 +82,8 @@ pub(super) struct Task {
 pub(super) struct Counts {
     pub pages: u64,
     pub zero_pages: u64,
+    /// Pages that nobody can miss, for there is no memory any more where they belonged.
+    pub absent_pages: u64,
 }
 
 impl Task {
@@ -126,6 +130,8 @@ impl Task {
             id,
             pid,
             forked,
+            // What is forked has its memory from the beginning.
+            registered: forked || journal.events().next().is_some(),
             uffd,
             journal,
             source,
@@ -179,6 +185,7 @@ impl Task {
         let event =
             self.journal.take(self.uffd.as_fd()).map_err(|source| self.kernel("tell of faults", source))?;
         if let Some(event) = event {
+            self.registered = true;
             self.space.apply(event);
         }
         Ok(event)
@@ -319,7 +326,15 @@ impl Task {
                     Outcome::Present => break 1,
                     // Areas may have been split: try less, and pass over what is not there.
                     Outcome::NoMemory if part.pages > 1 => part.pages /= 2,
-                    Outcome::NoMemory => break 0,
+                    Outcome::NoMemory if !self.registered => break 0,
+                    Outcome::NoMemory => match self.put(part, bytes, counts)? {
+                        Outcome::NoMemory => {
+                            self.drop_page(part, counts);
+                            break 1;
+                        }
+                        // An event tells where it is.
+                        _ => return Ok(Progress::Later),
+                    },
                     Outcome::Changing if result == Progress::Made => return Ok(result),
                     Outcome::Changing => return Ok(Progress::Later),
                     Outcome::NoRoom => return Ok(Progress::NoRoom),
@@ -356,6 +371,7 @@ impl Task {
             Outcome::Present => 1,
             _ => return Ok(outcome),
         };
+        self.registered = true;
         self.journal.place(run.source, placed);
         self.space.cut(run.address, run.address + placed * PAGE);
         if outcome != Outcome::Present {
@@ -363,6 +379,19 @@ impl Task {
             counts.zero_pages += if zeros > 0 { placed } else { 0 };
         }
         Ok(outcome)
+    }
+
+    /// Forgets a page, since the kernel has said twice, and no event was read in between, that there is no registered
+    /// memory at its address. A child has none where its parent had asked for that by `MADV_DONTFORK`.
+    ///
+    /// Once would not do. A thread that moves or unmaps memory counts itself in before it changes anything, and out when
+    /// its event was read; while the count is not zero the kernel answers each request with `EAGAIN`. But it looks at the
+    /// count first and for the memory then, so the first answer may be due to a change that came in between. Such a
+    /// change is still counted at the second request, which then gets `EAGAIN`.
+    fn drop_page(&mut self, page: Run, counts: &mut Counts) {
+        self.journal.place(page.source, page.pages);
+        self.space.cut(page.address, page.address + page.pages * PAGE);
+        counts.absent_pages += page.pages;
     }
 
     fn kernel(&self, action: &'static str, source: io::Error) -> TaskError {

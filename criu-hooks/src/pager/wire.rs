@@ -98,6 +98,8 @@ pub(super) struct Tally {
     pub pages: u64,
     /// Of these, pages of zeros that take no memory.
     pub zero_pages: u64,
+    /// Pages for which there was no memory any more.
+    pub absent_pages: u64,
     /// Faults that were served.
     pub faults: u64,
     /// Pages that were put in place because an earlier wake had needed them.

@@ -133,6 +133,53 @@ on_a_node!(memory_that_changes_while_it_is_filled_stays_right, async || {
     agent.delete();
 });
 
+/// Forks, as soon as it was away, a child that stays and has no part of half of the memory; counts on then.
+const DONTFORK: &str = "import mmap, os, time
+size = 128 << 20
+area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+page = lambda at: (at >> 12).to_bytes(8, 'little') * 512
+for at in range(0, size, 4096):
+    area[at : at + 4096] = page(at)
+area.madvise(mmap.MADV_DONTFORK, 0, size // 2)
+print(0, flush=True)
+before, woken, n = time.time(), False, 0
+while True:
+    time.sleep(0.002)
+    now = time.time()
+    if not woken and now - before > 0.3:
+        woken = True
+        if os.fork() == 0:
+            for at in range(size // 2, size, 4096):
+                if area[at : at + 4096] != page(at):
+                    print('WRONG in the child', flush=True)
+            time.sleep(1000)
+    before = now
+    if woken:
+        for at in range(0, size, 1 << 20):
+            if area[at : at + 4096] != page(at):
+                print('WRONG in the parent', flush=True)
+        n += 1
+        print(n, flush=True)
+        time.sleep(0.02)
+";
+
+on_a_node!(a_child_without_a_part_of_the_memory_lives_on, async || {
+    let args = ["python3", "-c", DONTFORK];
+    let mut agent = Agent::start("dontfork", &Setup { args: &args, whole_root: true, ..Setup::default() });
+    agent.line().await;
+    agent.dump().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut fill = restore(&mut agent).await;
+    let report = completed(&mut fill).await;
+    println!("{report:?}");
+    assert!(report.absent_bytes > 0, "{report:?}");
+    agent.count_on(0, 3).await;
+    // The init, and the child.
+    assert_eq!(agent.container.cgroup.procs().unwrap().len(), 2);
+    assert!(!agent.rest().contains("WRONG"));
+    agent.delete();
+});
+
 on_a_node!(a_sleep_in_the_middle_of_a_fill_keeps_every_byte, async || {
     let mut agent = start("again", &["64", "threads", "fork", "shared"]);
     let mut last = agent.count_on(0, 1).await;

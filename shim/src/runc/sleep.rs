@@ -350,6 +350,7 @@ impl RuncContainer {
                     bytes = report.bytes,
                     faults = report.faults,
                     prefetched = report.prefetched_bytes,
+                    absent = report.absent_bytes,
                     "all memory is there"
                 ),
                 Err(error) => error!(%id, %error, "its memory could not be filled"),
