@@ -39,6 +39,10 @@ const CALM: Duration = Duration::from_millis(2);
 const RETRY: Duration = Duration::from_micros(100);
 /// How long a process may be without memory for its pages, or its container without room for them.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the disk may fail to read a page.
+const DISK_PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait before it is asked again.
+const DISK_RETRY: Duration = Duration::from_millis(20);
 /// How long the end of a restore may stay unknown when the shim has died: CRIU, its child, has then ended too.
 const ORPHANED: Duration = Duration::from_secs(1);
 /// Events of one process before those of another are looked at.
@@ -103,8 +107,8 @@ struct Server {
     buffer: Vec<u8>,
     /// Whose turn it is to be filled.
     turn: usize,
-    /// Since when nothing could be put in place, for want of memory or of room.
-    stuck: Option<Instant>,
+    /// A page could not be read just now.
+    unreadable: bool,
     wanted: VecDeque<(u32, u64)>,
     round: u64,
     recorder: Recorder,
@@ -151,7 +155,7 @@ impl Server {
             piece: SMALL,
             buffer: vec![0; LARGE],
             turn: 0,
-            stuck: None,
+            unreadable: false,
             wanted: VecDeque::new(),
             round: 0,
             recorder: Recorder::default(),
@@ -172,11 +176,12 @@ impl Server {
             if self.running.is_some() && self.tasks.is_empty() {
                 return self.finish();
             }
+            let disk = std::mem::take(&mut self.unreadable);
             let busy = served || (self.has_work() && filled == Progress::Made);
             pause = if busy {
                 Some(Duration::ZERO)
             } else if waiting || self.has_work() {
-                Some(RETRY)
+                Some(if disk { DISK_RETRY } else { RETRY })
             } else {
                 self.orphaned.filter(|_| self.running.is_none()).map(|_| ORPHANED)
             };
@@ -323,14 +328,11 @@ impl Server {
     }
 
     fn serve_fault(&mut self, index: usize, address: u64) -> Result<Progress, ServeError> {
-        let task = &mut self.tasks[index];
-        let progress = task.serve(address, &mut self.buffer, &mut self.counts)?;
-        match progress {
-            Progress::Made => {}
-            Progress::Later | Progress::Absent | Progress::NoRoom => task.waiting.push_back(address),
-            Progress::Gone => task.abandon(),
+        let served = self.tasks[index].serve(address, &mut self.buffer, &mut self.counts);
+        let progress = self.bear(index, served)?;
+        if matches!(progress, Progress::Later | Progress::Absent | Progress::NoRoom) {
+            self.tasks[index].waiting.push_back(address);
         }
-        self.watch_progress(index, progress)?;
         Ok(progress)
     }
 
@@ -361,13 +363,14 @@ impl Server {
             let index = self.tasks.iter().position(|task| task.pid == pid && !task.forked);
             let Some(index) = index else { return Ok(Progress::Made) };
             let pages = (block * BLOCK, BLOCK / PAGE);
-            let (progress, placed) = self.tasks[index].prefetch(pages, &mut self.buffer, &mut self.counts)?;
+            let before = self.counts.pages;
+            let put = self.tasks[index].prefetch(pages, &mut self.buffer, &mut self.counts);
+            let placed = self.counts.pages - before;
             if placed > 0 {
                 self.recorder.prefetched(pid, block);
                 self.tally.prefetched += placed;
             }
-            self.watch_progress(index, progress)?;
-            return Ok(progress);
+            return self.bear(index, put);
         }
         let calm = self.hurry || self.last_fault.is_none_or(|last| last.elapsed() > CALM);
         self.piece = if calm { (self.piece * 2).min(LARGE) } else { SMALL };
@@ -380,32 +383,36 @@ impl Server {
                 continue;
             }
             self.turn = index;
-            let progress = task.fill(&mut self.buffer[..self.piece], &mut self.counts)?;
-            self.watch_progress(index, progress)?;
-            return Ok(progress);
+            let filled = task.fill(&mut self.buffer[..self.piece], &mut self.counts);
+            return self.bear(index, filled);
         }
         Ok(Progress::Later)
     }
 
     /// Gives up on what does not come about in a reasonable time.
-    fn watch_progress(&mut self, index: usize, progress: Progress) -> Result<(), ServeError> {
-        let task = &mut self.tasks[index];
+    fn bear(&mut self, index: usize, result: Result<Progress, TaskError>) -> Result<Progress, ServeError> {
+        let (task, now) = (&mut self.tasks[index], Instant::now());
+        let progress = match result {
+            Err(TaskError::Source(error)) if error.may_pass() => {
+                if task.trouble.lasts(now, DISK_PATIENCE) {
+                    return Err(TaskError::Source(error).into());
+                }
+                self.unreadable = true;
+                return Ok(Progress::Later);
+            }
+            result => result?,
+        };
         match progress {
-            Progress::Made => self.stuck = None,
+            Progress::Made => task.trouble.end(),
             Progress::Later => {}
             Progress::Gone => task.abandon(),
-            Progress::Absent | Progress::NoRoom => {
-                let since = *self.stuck.get_or_insert_with(Instant::now);
-                if since.elapsed() > PATIENCE {
-                    let (pid, pages) = (task.pid, task.missing());
-                    return Err(match progress {
-                        Progress::NoRoom => ServeError::NoRoom { pages },
-                        _ => ServeError::Absent { pid, pages },
-                    });
-                }
+            Progress::Absent | Progress::NoRoom if !task.trouble.lasts(now, PATIENCE) => {}
+            Progress::Absent => {
+                return Err(ServeError::Absent { pid: task.pid, pages: task.missing() });
             }
+            Progress::NoRoom => return Err(ServeError::NoRoom { pages: task.missing() }),
         }
-        Ok(())
+        Ok(progress)
     }
 
     /// Lets go of processes that miss nothing any more. The shim first: until it has, faults come here.

@@ -49,6 +49,13 @@ pub enum SourceError {
     Altered(image::Error),
 }
 
+impl SourceError {
+    /// Whether another attempt may succeed: a disk or a network between may come back, bytes do not change back.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, SourceError::Io { action: "read", .. })
+    }
+}
+
 /// Lazy pages that follow one another in the pages file.
 #[derive(Debug, Clone, Copy)]
 struct Segment {

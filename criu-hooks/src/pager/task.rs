@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
     rc::Rc,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -56,6 +57,31 @@ pub(super) enum Progress {
     Gone,
 }
 
+/// How long nothing has worked.
+#[derive(Debug, Default)]
+pub(super) struct Trouble {
+    /// The first attempt that failed, and the last.
+    failed: Option<(Instant, Instant)>,
+}
+
+impl Trouble {
+    /// Attempts that are so far apart have nothing to do with each other: nothing was due in between.
+    const GAP: Duration = Duration::from_secs(2);
+
+    /// Something has worked.
+    pub fn end(&mut self) {
+        self.failed = None;
+    }
+
+    /// An attempt has failed; whether attempts have failed for longer than `patience`.
+    pub fn lasts(&mut self, now: Instant, patience: Duration) -> bool {
+        let before = self.failed.filter(|(_, last)| now.duration_since(*last) < Self::GAP);
+        let first = before.map_or(now, |(first, _)| first);
+        self.failed = Some((first, now));
+        now.duration_since(first) > patience
+    }
+}
+
 /// A process and its userfaultfd.
 pub(super) struct Task {
     pub id: u32,
@@ -72,6 +98,8 @@ pub(super) struct Task {
     pub waiting: VecDeque<u64>,
     /// The shim was told that nothing is left to do.
     pub told: bool,
+    /// Pages could not be put in place.
+    pub trouble: Trouble,
     /// Its memory is known to be registered: the kernel has told of it, or has taken a page.
     registered: bool,
     runs: Vec<Run>,
@@ -139,6 +167,7 @@ impl Task {
             cursor: 0,
             waiting,
             told: false,
+            trouble: Trouble::default(),
             runs: Vec::new(),
         }
     }
@@ -231,14 +260,13 @@ impl Task {
         progress
     }
 
-    /// Puts the missing pages of `pages` pages from `address` on in place; says how many were.
+    /// Puts the missing pages of `pages` pages from `address` on in place.
     pub fn prefetch(
         &mut self,
         (address, pages): (u64, u64),
         buffer: &mut [u8],
         counts: &mut Counts,
-    ) -> Result<(Progress, u64), TaskError> {
-        let before = counts.pages;
+    ) -> Result<Progress, TaskError> {
         let end = address + pages * PAGE;
         let mut at = address;
         while at < end {
@@ -252,10 +280,10 @@ impl Task {
             at = last.address + last.pages * PAGE;
             let progress = self.fill_runs(&runs, buffer, counts)?;
             if progress != Progress::Made {
-                return Ok((progress, counts.pages - before));
+                return Ok(progress);
             }
         }
-        Ok((Progress::Made, counts.pages - before))
+        Ok(Progress::Made)
     }
 
     fn next_above(&self, address: u64) -> Option<Run> {
@@ -413,6 +441,20 @@ fn is_zero(page: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_fails_all_the_time_is_given_up() {
+        let (start, patience) = (Instant::now(), Duration::from_secs(10));
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let mut trouble = Trouble::default();
+        assert!((0..=10).all(|second| !trouble.lasts(after(second), patience)));
+        assert!(trouble.lasts(after(11), patience));
+        trouble.end();
+        assert!(!trouble.lasts(after(12), patience));
+        // Nothing was tried meanwhile.
+        assert!(!trouble.lasts(after(60), patience));
+        assert!(!trouble.lasts(after(61), patience));
+    }
 
     #[test]
     fn pages_of_zeros_are_told_from_others() {
