@@ -36,7 +36,7 @@ use crate::{
         rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
     },
     image::{self, Claim, Expected, Image, Mode, Outside, PageCheck, Pages},
-    pager::{self, Eager, Fill, LazyOptions, Place},
+    pager::{self, Eager, Fill, FillError, LazyOptions, Place},
     procfs,
     spawn::{ExitFuture, Spawner},
 };
@@ -175,6 +175,9 @@ pub enum RestoreError {
     /// CRIU failed, or a hook called it off.
     #[error("the restore failed: {0}")]
     Criu(Failure),
+    /// Its memory could not be brought before anything ran, for which CRIU was killed.
+    #[error("the memory of a lazy restore failed before anything ran: {0}")]
+    Fill(FillError),
     /// The kernel killed it for want of memory.
     #[error(
         "the kernel killed the restore for want of memory ({}): raise the limit and wake it again; {error}",
@@ -199,7 +202,11 @@ pub enum RestoreError {
 impl RestoreError {
     /// Whether an eager restore may succeed where this lazy one did not.
     pub fn is_lazy_refused(&self) -> bool {
-        matches!(self, RestoreError::Criu(failure) if failure.is_caused_by(criu::log::Cause::Userfaultfd))
+        match self {
+            RestoreError::Criu(failure) => failure.is_caused_by(criu::log::Cause::Userfaultfd),
+            RestoreError::Fill(_) => true,
+            _ => false,
+        }
     }
 }
 
@@ -270,7 +277,14 @@ impl Engine {
                 Ok(Restored { pid, console, total: started.elapsed(), fill })
             }
             Err(error) => {
-                attempt.settle().await;
+                let error = match attempt.settle().await {
+                    // What CRIU says of it is only that it was killed. An altered image is one for eager restores, too.
+                    Some(fill) if !attempt.resumed && matches!(error, RestoreError::Criu(_)) => {
+                        tracing::debug!(%error, "CRIU's own words");
+                        RestoreError::Fill(fill)
+                    }
+                    _ => error,
+                };
                 Err(oom_kills.explain(error))
             }
         }
@@ -521,8 +535,8 @@ struct Attempt {
 }
 
 impl Attempt {
-    /// Kills CRIU and all that it has made. May be broken off and called again.
-    async fn settle(&mut self) {
+    /// Kills CRIU and all that it has made; why the fill had failed before, if it had. May be broken off and called again.
+    async fn settle(&mut self) -> Option<FillError> {
         // What exists already must not run, not even while CRIU ends; and it is easier to count.
         let _ = self.cgroup.freeze_now();
         if let Some(session) = self.session.take() {
@@ -542,11 +556,13 @@ impl Attempt {
         }
         let _ = self.cgroup.thaw_now();
         self.ghosts.remove();
-        if let Some(fill) = self.fill.take() {
-            fill.abandon().await;
-        }
+        let failed = match self.fill.take() {
+            Some(fill) => fill.abandon().await,
+            None => None,
+        };
         self.root = None;
         self.failed = false;
+        failed
     }
 
     /// Has the first process reaped when it ends, known or not: CRIU makes it a child of this process.
@@ -589,7 +605,9 @@ impl Drop for Attempt {
             failed: true,
             in_background: true,
         };
-        runtime.spawn(async move { rest.settle().await });
+        runtime.spawn(async move {
+            rest.settle().await;
+        });
     }
 }
 

@@ -156,9 +156,9 @@ impl Fill {
         self.outcome.borrow().is_some()
     }
 
-    /// Ends it without a word, once nothing is left of the container.
-    pub(crate) async fn abandon(mut self) {
+    /// Ends it, once nothing is left of the container; why it had failed before, if it had.
+    pub(crate) async fn abandon(mut self) -> Option<FillError> {
         let _ = self.commands.send(Command::Abandon);
-        let _ = self.complete().await;
+        self.complete().await.err().filter(|error| *error != FillError::Abandoned)
     }
 }

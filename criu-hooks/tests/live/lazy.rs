@@ -277,6 +277,19 @@ on_a_node!(a_pager_killed_before_the_agent_runs_is_replaced, async || {
     agent.delete();
 });
 
+on_a_node!(pagers_that_cannot_start_are_no_reason_to_stay_asleep, async || {
+    let mut agent = start("pagerless", &["16"]);
+    let last = agent.count_on(0, 1).await;
+    agent.dump().await.unwrap();
+    let lazy = LazyOptions { least_bytes: 0, ..LazyOptions::new("/bin/sleep", ["0.01"]) };
+    let error = restore_with(&mut agent, lazy).await.unwrap_err();
+    assert!(matches!(&error, RestoreError::Fill(FillError::Died { deaths: 4 })), "{error}");
+    assert!(error.is_lazy_refused());
+    agent.restore().await.unwrap();
+    agent.count_on(last, 2).await;
+    agent.delete();
+});
+
 on_a_node!(pagers_that_die_again_and_again_end_the_container, async || {
     let mut agent = start("dying", &["256"]);
     agent.count_on(0, 1).await;
