@@ -161,7 +161,8 @@ impl Journal {
         self.bit(source).is_some_and(|(word, bit)| word.load(Ordering::Relaxed) & bit != 0)
     }
 
-    fn inherited(&self) -> usize {
+    /// How many of the events are the parent's, up to and with the fork.
+    pub fn inherited(&self) -> usize {
         usize::try_from(self.word(header::INHERITED).load(Ordering::Relaxed)).unwrap_or(usize::MAX)
     }
 
@@ -290,7 +291,7 @@ mod tests {
         journal.place(999, 1);
         let next = reopen(&journal).unwrap();
         let events: Vec<_> = next.events().collect();
-        assert_eq!(events, [Event::Remove { start: 0x1000, end: 0x2000 }, Event::Fork(9)]);
+        assert_eq!(events, [Event::Unmap { start: 0x1000, end: 0x2000 }, Event::Fork(9)]);
         assert_eq!((next.forks(), next.pages()), (1, 1000));
         let placed: Vec<_> = (0..1000).filter(|source| next.is_placed(*source)).collect();
         assert_eq!(placed, [63, 64, 999]);

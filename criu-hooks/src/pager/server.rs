@@ -292,7 +292,7 @@ impl Server {
                         self.fault(index, address)?;
                     }
                     Some(Event::Fork(number)) => self.fork(index, number)?,
-                    Some(Event::Remap { .. } | Event::Remove { .. }) => {}
+                    Some(Event::Remap { .. } | Event::Remove { .. } | Event::Unmap { .. }) => {}
                 }
             }
         }

@@ -2,6 +2,17 @@
 //!
 //! Pages of the image are named by their number among the lazy pages of the process (its *source*); addresses change
 //! as the process moves its memory.
+//!
+//! **Late words of `munmap`.** The kernel tells of an unmapping when others may have changed the same addresses since:
+//! one thread unmaps A and is interrupted, another moves B to the hole and tells of that first. The word of A's end must
+//! not be taken for B's. So the space knows where registered memory *stands*, as far as it was told: where it was
+//! dumped, and where it was moved to; not where that was unmapped. When memory moves to where some stands already, the
+//! word that the latter is gone is *owed*, and it takes nothing away when it comes. `mremap` itself tells of the end of the
+//! old place after the move, which is owed when another thread has moved memory there meanwhile.
+//!
+//! When the words come in order nothing is owed, and what is unmapped is out at once. That is more than tidiness: memory
+//! beside the hole may grow into it (`mremap` in place), which nobody is told of; the new pages are zeros, and registered
+//! with the same userfaultfd. Other memory that comes there is not registered: the kernel takes no pages for it.
 
 use std::collections::BTreeMap;
 
@@ -25,6 +36,46 @@ pub(super) struct Space {
     /// By address: the first source, and how many pages.
     runs: BTreeMap<u64, (u64, u64)>,
     pages: u64,
+    /// Where registered memory is known to be, unless that is told to be gone.
+    standing: Ranges,
+    /// What is still to be told to be gone, while something else is there already.
+    owed: Ranges,
+}
+
+/// Addresses: where ranges begin, and where they end. None touches another.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Ranges(BTreeMap<u64, u64>);
+
+impl Ranges {
+    fn add(&mut self, start: u64, end: u64) {
+        if start >= end {
+            return;
+        }
+        let (mut first, mut last) = (start, end);
+        while let Some((&from, &to)) = self.0.range(..=last).next_back().filter(|(_, to)| **to >= first) {
+            (first, last) = (first.min(from), last.max(to));
+            self.0.remove(&from);
+        }
+        self.0.insert(first, last);
+    }
+
+    /// Takes out what is between `start` and `end`, and gives it.
+    fn take(&mut self, start: u64, end: u64) -> Vec<(u64, u64)> {
+        let mut taken = Vec::new();
+        while let Some((&from, &to)) =
+            self.0.range(..end).next_back().filter(|(_, to)| **to > start && start < end)
+        {
+            self.0.remove(&from);
+            taken.push((from.max(start), to.min(end)));
+            if from < start {
+                self.0.insert(from, start);
+            }
+            if to > end {
+                self.0.insert(end, to);
+            }
+        }
+        taken
+    }
 }
 
 impl Space {
@@ -35,6 +86,7 @@ impl Space {
 
     /// Adds missing pages where none were.
     pub fn insert(&mut self, run: Run) {
+        self.standing.add(run.address, run.address.saturating_add(run.pages * PAGE));
         self.pages += run.pages;
         self.runs.insert(run.address, (run.source, run.pages));
     }
@@ -92,7 +144,24 @@ impl Space {
             Event::Remove { start, end } => {
                 self.cut(start, end);
             }
+            Event::Unmap { start, end } => {
+                let owed = self.owed.take(start, end);
+                let spared: Vec<Run> = owed.iter().flat_map(|(start, end)| self.cut(*start, *end)).collect();
+                self.cut(start, end);
+                self.standing.take(start, end);
+                for (start, end) in owed {
+                    self.standing.add(start, end);
+                }
+                spared.into_iter().for_each(|run| self.insert(run));
+            }
             Event::Remap { from, to, bytes } => {
+                let end = to.saturating_add(bytes);
+                for (start, end) in self.standing.take(to, end) {
+                    self.owed.add(start, end);
+                }
+                self.standing.add(to, end);
+                // It was there, and that it is gone is told next, unless it stays (`MREMAP_DONTUNMAP`).
+                self.standing.add(from, from.saturating_add(bytes));
                 let moved = self.cut(from, from.saturating_add(bytes));
                 self.cut(to, to.saturating_add(bytes));
                 for run in moved {
@@ -102,9 +171,15 @@ impl Space {
         }
     }
 
+    /// The space of a child that is forked now, to which nothing is owed.
+    pub fn forked(&self) -> Space {
+        Space { owed: Ranges::default(), ..self.clone() }
+    }
+
     /// Takes out whatever `placed` knows to be in place, by its source.
     pub fn discard(&mut self, placed: impl Fn(u64) -> bool) {
-        let runs = std::mem::take(self).runs;
+        let runs = std::mem::take(&mut self.runs);
+        self.pages = 0;
         for (address, (source, pages)) in runs {
             let mut page = 0;
             while page < pages {
@@ -136,7 +211,7 @@ impl Space {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use proptest::prelude::*;
 
@@ -180,13 +255,72 @@ mod tests {
     enum Step {
         Placed(u64, u64),
         Removed(u64, u64),
+        Unmapped(u64, u64),
         Moved(u64, u64, u64),
+    }
+
+    fn unmap(start: u64, end: u64) -> Event {
+        Event::Unmap { start: start * PAGE, end: end * PAGE }
+    }
+
+    fn remap(from: u64, to: u64, pages: u64) -> Event {
+        Event::Remap { from: from * PAGE, to: to * PAGE, bytes: pages * PAGE }
+    }
+
+    #[test]
+    fn a_late_word_of_an_end_takes_nothing_of_what_came_since() {
+        // 10 to 14 were unmapped, and 50 to 54 were moved there, of which the word came first.
+        let mut late = space(&[(10, 0, 4), (50, 4, 4)]);
+        late.apply(remap(50, 10, 4));
+        late.apply(unmap(50, 54));
+        late.apply(unmap(10, 14));
+        let moved = BTreeMap::from([(10, 4), (11, 5), (12, 6), (13, 7)]);
+        assert_eq!(pages(&late), moved);
+        // It was owed once.
+        late.apply(unmap(10, 14));
+        assert!(pages(&late).is_empty());
+
+        // All of it was in place when it was unmapped.
+        let mut filled = space(&[(10, 0, 4), (50, 4, 4)]);
+        filled.cut(10 * PAGE, 14 * PAGE);
+        filled.apply(remap(50, 10, 4));
+        filled.apply(unmap(10, 14));
+        assert_eq!(pages(&filled), moved);
+
+        // A second move to where the first came from, before the word of that place's end.
+        let mut chain = space(&[(10, 0, 2), (20, 2, 2)]);
+        chain.apply(remap(10, 30, 2));
+        chain.apply(remap(20, 10, 2));
+        chain.apply(unmap(10, 12));
+        chain.apply(unmap(20, 22));
+        assert_eq!(pages(&chain), BTreeMap::from([(30, 0), (31, 1), (10, 2), (11, 3)]));
+    }
+
+    #[test]
+    fn what_is_unmapped_after_a_move_is_gone() {
+        let mut space = space(&[(10, 0, 4), (50, 4, 4)]);
+        // In order: the hole is told first.
+        space.apply(unmap(10, 14));
+        space.apply(remap(50, 10, 4));
+        space.apply(unmap(50, 54));
+        assert_eq!(space.pages(), 4);
+        space.apply(unmap(11, 14));
+        assert_eq!(pages(&space), BTreeMap::from([(10, 4)]));
+        space.apply(unmap(10, 11));
+        assert_eq!(space.pages(), 0);
+        // A child is owed nothing.
+        let mut parent = self::space(&[(10, 0, 4), (50, 4, 4)]);
+        parent.apply(remap(50, 10, 4));
+        let mut child = parent.forked();
+        child.apply(unmap(10, 14));
+        assert_eq!((child.pages(), parent.pages()), (0, 4));
     }
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
             (0u64..70, 0u64..20).prop_map(|(at, pages)| Step::Placed(at, pages)),
             (0u64..70, 0u64..20).prop_map(|(at, pages)| Step::Removed(at, pages)),
+            (0u64..70, 0u64..20).prop_map(|(at, pages)| Step::Unmapped(at, pages)),
             // The kernel lets no area move onto itself.
             (0u64..30, 0u64..20, 50u64..70).prop_map(|(from, pages, to)| Step::Moved(from, to, pages)),
             (50u64..70, 0u64..20, 0u64..30).prop_map(|(from, pages, to)| Step::Moved(from, to, pages)),
@@ -199,6 +333,8 @@ mod tests {
         fn runs_agree_with_single_pages(steps in prop::collection::vec(step(), 0..30), asked in 0u64..90) {
             let mut space = space(&[(5, 0, 20), (25, 20, 5), (40, 25, 9), (60, 40, 3)]);
             let mut model = pages(&space);
+            // Every address that anything stood at and whose end was not told, and those whose end is owed.
+            let (mut standing, mut owed) = (model.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::new());
             for step in steps {
                 match step {
                     Step::Placed(at, pages) => {
@@ -209,8 +345,23 @@ mod tests {
                         space.apply(Event::Remove { start: at * PAGE, end: (at + pages) * PAGE });
                         model.retain(|page, _| *page < at || *page >= at + pages);
                     }
+                    Step::Unmapped(at, pages) => {
+                        space.apply(unmap(at, at + pages));
+                        for page in at..at + pages {
+                            if !owed.remove(&page) {
+                                standing.remove(&page);
+                                model.remove(&page);
+                            }
+                        }
+                    }
                     Step::Moved(from, to, pages) => {
-                        space.apply(Event::Remap { from: from * PAGE, to: to * PAGE, bytes: pages * PAGE });
+                        space.apply(remap(from, to, pages));
+                        for page in to..to + pages {
+                            if !standing.insert(page) {
+                                owed.insert(page);
+                            }
+                        }
+                        standing.extend(from..from + pages);
                         let moved: Vec<_> = (from..from + pages).filter_map(|page| Some((page, model.remove(&page)?))).collect();
                         model.retain(|page, _| *page < to || *page >= to + pages);
                         model.extend(moved.into_iter().map(|(page, source)| (page - from + to, source)));

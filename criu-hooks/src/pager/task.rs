@@ -141,8 +141,15 @@ impl Task {
             return Err(doubt("a child that it forked was lost".to_owned()));
         }
         let mut task = Task::with(id, pid, forked, uffd, journal, source);
-        for event in task.journal.events() {
+        let inherited = task.journal.inherited();
+        for (number, event) in task.journal.events().enumerate() {
+            if forked && number == inherited {
+                task.space = task.space.forked();
+            }
             task.space.apply(event);
+        }
+        if forked && task.journal.events().count() == inherited {
+            task.space = task.space.forked();
         }
         let journal = &task.journal;
         task.space.discard(|source| journal.is_placed(source));
@@ -180,7 +187,7 @@ impl Task {
         let failed = |source| TaskError::Kernel { action: "give a journal", pid, source };
         let journal = self.journal.fork().map_err(failed)?;
         let mut child = Task::with(id, pid, true, uffd, journal, Rc::clone(&self.source));
-        child.space = self.space.clone();
+        child.space = self.space.forked();
         Ok(child)
     }
 

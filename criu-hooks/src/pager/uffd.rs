@@ -41,8 +41,10 @@ pub(super) enum Event {
     Fork(i32),
     /// Pages have moved.
     Remap { from: u64, to: u64, bytes: u64 },
-    /// Pages are gone (`munmap`), or empty from now on (`MADV_DONTNEED`).
+    /// Pages are empty from now on (`MADV_DONTNEED`).
     Remove { start: u64, end: u64 },
+    /// Memory is gone (`munmap`, or what `mremap` has left or replaced).
+    Unmap { start: u64, end: u64 },
 }
 
 impl Event {
@@ -62,7 +64,8 @@ impl Event {
             UFFD_EVENT_PAGEFAULT => Some(Event::Fault(word(16) / PAGE * PAGE)),
             UFFD_EVENT_FORK => i32::try_from(word(8) & 0xffff_ffff).ok().map(Event::Fork),
             UFFD_EVENT_REMAP => Some(Event::Remap { from: word(8), to: word(16), bytes: word(24) }),
-            UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP => Some(Event::Remove { start: word(8), end: word(16) }),
+            UFFD_EVENT_REMOVE => Some(Event::Remove { start: word(8), end: word(16) }),
+            UFFD_EVENT_UNMAP => Some(Event::Unmap { start: word(8), end: word(16) }),
             _ => None,
         }
     }
@@ -167,7 +170,8 @@ pub(super) mod tests {
         assert_eq!(decode(UFFD_EVENT_REMAP, [0x1000, 0x5000, 0x2000]), moved);
         let removed = Event::Remove { start: 0x1000, end: 0x3000 };
         assert_eq!(decode(UFFD_EVENT_REMOVE, [0x1000, 0x3000, 0]), removed);
-        assert_eq!(decode(UFFD_EVENT_UNMAP, [0x1000, 0x3000, 0]), removed);
+        let unmapped = Event::Unmap { start: 0x1000, end: 0x3000 };
+        assert_eq!(decode(UFFD_EVENT_UNMAP, [0x1000, 0x3000, 0]), unmapped);
         assert_eq!(Event::decode(&[0; MESSAGE]), None);
     }
 
