@@ -45,6 +45,8 @@ const DISK_PATIENCE: Duration = Duration::from_secs(5);
 const DISK_RETRY: Duration = Duration::from_millis(20);
 /// How long the end of a restore may stay unknown when the shim has died: CRIU, its child, has then ended too.
 const ORPHANED: Duration = Duration::from_secs(1);
+/// How often to look whether forked processes have ended: each costs two descriptors here and two in the shim.
+const ROLL_CALL: Duration = Duration::from_millis(20);
 /// Events of one process before those of another are looked at.
 const TURN: usize = 64;
 
@@ -109,6 +111,8 @@ struct Server {
     turn: usize,
     /// A page could not be read just now.
     unreadable: bool,
+    /// When it was last looked which forked processes have ended.
+    called: Instant,
     wanted: VecDeque<(u32, u64)>,
     round: u64,
     recorder: Recorder,
@@ -156,6 +160,7 @@ impl Server {
             buffer: vec![0; LARGE],
             turn: 0,
             unreadable: false,
+            called: Instant::now(),
             wanted: VecDeque::new(),
             round: 0,
             recorder: Recorder::default(),
@@ -172,6 +177,7 @@ impl Server {
             let served = self.events()?;
             let waiting = self.retry()?;
             let filled = if served { Progress::Made } else { self.work()? };
+            self.call_the_roll();
             self.release()?;
             if self.running.is_some() && self.tasks.is_empty() {
                 return self.finish();
@@ -387,6 +393,19 @@ impl Server {
             return self.bear(index, filled);
         }
         Ok(Progress::Later)
+    }
+
+    /// Lets go of forked processes that have ended: their turn to be filled may be far away.
+    fn call_the_roll(&mut self) {
+        if self.called.elapsed() < ROLL_CALL {
+            return;
+        }
+        self.called = Instant::now();
+        for task in self.tasks.iter_mut().filter(|task| task.forked) {
+            if task.is_gone() {
+                task.abandon();
+            }
+        }
     }
 
     /// Gives up on what does not come about in a reasonable time.

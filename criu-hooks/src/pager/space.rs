@@ -84,6 +84,11 @@ impl Space {
         self.pages
     }
 
+    /// The address of the first missing page.
+    pub fn first(&self) -> Option<u64> {
+        self.runs.keys().next().copied()
+    }
+
     /// Adds missing pages where none were.
     pub fn insert(&mut self, run: Run) {
         self.standing.add(run.address, run.address.saturating_add(run.pages * PAGE));

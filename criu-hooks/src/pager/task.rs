@@ -210,6 +210,11 @@ impl Task {
         self.space.at(address).is_some()
     }
 
+    /// Whether it has ended before its pages came.
+    pub fn is_gone(&self) -> bool {
+        self.space.first().is_some_and(|address| uffd::is_gone(self.uffd.as_fd(), address))
+    }
+
     /// Nothing is missing any more, or nobody misses it.
     pub fn abandon(&mut self) {
         self.space = Space::default();

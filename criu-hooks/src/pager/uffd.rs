@@ -9,9 +9,9 @@ use linux_raw_sys::{
     general::{
         UFFD_API, UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE,
         UFFD_EVENT_UNMAP, UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE,
-        UFFD_FEATURE_EVENT_UNMAP, uffdio_api, uffdio_copy, uffdio_range, uffdio_zeropage,
+        UFFD_FEATURE_EVENT_UNMAP, uffdio_api, uffdio_continue, uffdio_copy, uffdio_range, uffdio_zeropage,
     },
-    ioctl::{UFFDIO_API, UFFDIO_COPY, UFFDIO_WAKE, UFFDIO_ZEROPAGE},
+    ioctl::{UFFDIO_API, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_WAKE, UFFDIO_ZEROPAGE},
 };
 use rustix::{
     io::Errno,
@@ -102,6 +102,14 @@ pub(super) fn zero(uffd: BorrowedFd<'_>, address: u64, pages: u64) -> io::Result
     let mut request = uffdio_zeropage { range, mode: 0, zeropage: 0 };
     let result = update::<UFFDIO_ZEROPAGE, _>(uffd, &mut request);
     outcome(result, request.range.len, request.zeropage)
+}
+
+/// Whether the process has ended, or runs another program. Changes nothing: private memory has no pages for which it
+/// could go on.
+pub(super) fn is_gone(uffd: BorrowedFd<'_>, address: u64) -> bool {
+    let range = uffdio_range { start: address, len: PAGE };
+    let mut request = uffdio_continue { range, mode: 0, mapped: 0 };
+    update::<UFFDIO_CONTINUE, _>(uffd, &mut request) == Err(Errno::SRCH)
 }
 
 /// Lets everybody try again who waits for one of the pages.

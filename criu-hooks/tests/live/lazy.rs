@@ -15,7 +15,7 @@ use criu_hooks::{
 };
 use rustix::{
     net::SocketType,
-    process::{Pid, Signal},
+    process::{Pid, Resource, Rlimit, Signal, getrlimit, setrlimit},
 };
 
 use super::{
@@ -176,6 +176,50 @@ on_a_node!(a_child_without_a_part_of_the_memory_lives_on, async || {
     agent.count_on(0, 3).await;
     // The init, and the child.
     assert_eq!(agent.container.cgroup.procs().unwrap().len(), 2);
+    assert!(!agent.rest().contains("WRONG"));
+    agent.delete();
+});
+
+/// Forks 600 children that end soon, as soon as it was away.
+const FORKS: &str = "import mmap, os, time
+size = 256 << 20
+area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+page = lambda at: (at >> 12).to_bytes(8, 'little') * 512
+for at in range(0, size, 4096):
+    area[at : at + 4096] = page(at)
+print(0, flush=True)
+before, woken, n = time.time(), False, 0
+while True:
+    time.sleep(0.002)
+    now = time.time()
+    if not woken and now - before > 0.3:
+        woken = True
+        for child in range(600):
+            if os.fork() == 0:
+                at = child * 7 % (size >> 12) << 12
+                os._exit(area[at : at + 4096] != page(at))
+            if os.wait()[1] != 0:
+                print('WRONG in a child', flush=True)
+    before = now
+    if woken:
+        n += 1
+        print(n, flush=True)
+        time.sleep(0.02)
+";
+
+on_a_node!(hundreds_of_short_lived_children_are_let_go_at_once, async || {
+    let args = ["python3", "-c", FORKS];
+    let mut agent = Agent::start("forks", &Setup { args: &args, whole_root: true, ..Setup::default() });
+    agent.line().await;
+    agent.dump().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // Fewer than two for each child: enough when those of the dead are closed.
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(512), ..limit }).unwrap();
+    let mut fill = restore(&mut agent).await;
+    println!("{:?}", completed(&mut fill).await);
+    setrlimit(Resource::Nofile, limit).unwrap();
+    agent.count_on(0, 3).await;
     assert!(!agent.rest().contains("WRONG"));
     agent.delete();
 });
