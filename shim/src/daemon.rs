@@ -23,7 +23,7 @@ use crate::{
     bundle,
     control::ControlService,
     events::{self, EventSink},
-    info, logging,
+    files, info, logging,
     options::Options,
     reaper::Reaper,
     runc::{RuncFactory, cleanup},
@@ -173,6 +173,9 @@ impl Shim for Daemon {
         let level = std::env::var(LOG_LEVEL).unwrap_or_default();
         logging::init(&self.bundle, if self.debug { "debug" } else { &level }, &self.namespace, &self.id);
         info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "the shim serves");
+        if let Err(error) = files::raise_limit() {
+            warn!(%error, "no more files can be open: wakes of containers with many processes may fail");
+        }
         let (sink, receiver) = EventSink::channel();
         tokio::spawn(events::forward(publisher, self.namespace.clone(), receiver, sink.pending()));
         let _ = self.events.set(sink.clone());

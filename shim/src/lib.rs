@@ -7,6 +7,7 @@ pub mod controllers;
 pub mod daemon;
 pub mod error;
 pub mod events;
+pub mod files;
 pub mod info;
 pub mod io;
 pub mod lifecycle;

@@ -33,6 +33,8 @@ use tokio::{
 };
 use tracing::warn;
 
+use crate::files;
+
 /// Unwatched exits kept while marks are held; a bound against a container that floods the shim with orphans.
 const MAX_UNCLAIMED: usize = 4096;
 
@@ -230,6 +232,7 @@ impl Reaper {
         &self,
         command: &mut Command,
     ) -> io::Result<(std::process::Child, Pid, OwnedFd, ExitWatch)> {
+        files::with_original_limit(command);
         let mut state = lock(&self.state);
         let child = command.spawn()?;
         let pid = i32::try_from(child.id())
