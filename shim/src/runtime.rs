@@ -193,6 +193,9 @@ pub trait Runtime: Send + Sync {
     async fn dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError>;
     /// Restores it from its newest image. On any error the image is as before and no process is left.
     async fn restore(&self) -> Result<Restored, RuntimeError>;
+    /// Completes when all memory of the last wake is there, with nothing, or when the container was killed because it
+    /// could not be brought, with the reason.
+    async fn memory_lost(&self) -> Option<String>;
     /// Makes an image for a client, which is whole without this node. The processes exist, frozen or not.
     async fn checkpoint(&self, config: &CheckpointConfig) -> Result<(), RuntimeError>;
     /// Removes the images that hold what now lives in processes, or has ended.

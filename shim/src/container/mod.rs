@@ -29,26 +29,82 @@ type Reply<T> = oneshot::Sender<Result<T, TaskError>>;
 
 /// What an actor is asked, or told by the work that it has begun.
 enum Message {
-    Start { exec_id: Option<String>, reply: Reply<u32> },
-    AddExec { config: ExecConfig, reply: Reply<()> },
-    Kill { exec_id: Option<String>, signal: u32, all: bool, reply: Reply<()> },
-    Delete { exec_id: Option<String>, reply: Reply<ProcessView> },
-    Pause { reply: Reply<()> },
-    Resume { reply: Reply<()> },
-    Resize { exec_id: Option<String>, width: u16, height: u16, reply: Reply<()> },
-    CloseStdin { exec_id: Option<String>, reply: Reply<()> },
-    Update { resources: Box<LinuxResources>, reply: Reply<()> },
-    Checkpoint { config: CheckpointConfig, reply: Reply<()> },
-    Sleep { depth: Depth, reply: Reply<Transition> },
-    Wake { reply: Reply<Option<Transition>> },
+    Start {
+        exec_id: Option<String>,
+        reply: Reply<u32>,
+    },
+    AddExec {
+        config: ExecConfig,
+        reply: Reply<()>,
+    },
+    Kill {
+        exec_id: Option<String>,
+        signal: u32,
+        all: bool,
+        reply: Reply<()>,
+    },
+    Delete {
+        exec_id: Option<String>,
+        reply: Reply<ProcessView>,
+    },
+    Pause {
+        reply: Reply<()>,
+    },
+    Resume {
+        reply: Reply<()>,
+    },
+    Resize {
+        exec_id: Option<String>,
+        width: u16,
+        height: u16,
+        reply: Reply<()>,
+    },
+    CloseStdin {
+        exec_id: Option<String>,
+        reply: Reply<()>,
+    },
+    Update {
+        resources: Box<LinuxResources>,
+        reply: Reply<()>,
+    },
+    Checkpoint {
+        config: CheckpointConfig,
+        reply: Reply<()>,
+    },
+    Sleep {
+        depth: Depth,
+        reply: Reply<Transition>,
+    },
+    Wake {
+        reply: Reply<Option<Transition>>,
+    },
     Started(Result<Option<Process>, RuntimeError>),
-    ExecStarted { exec_id: String, result: Result<Process, RuntimeError> },
-    InitExited { incarnation: u64, exit: ProcessExit },
-    ExecDeleted { exec_id: String, result: Result<(), RuntimeError>, reply: Reply<ProcessView> },
-    ExecExited { exec_id: String, exit: ProcessExit },
+    ExecStarted {
+        exec_id: String,
+        result: Result<Process, RuntimeError>,
+    },
+    InitExited {
+        incarnation: u64,
+        exit: ProcessExit,
+    },
+    ExecDeleted {
+        exec_id: String,
+        result: Result<(), RuntimeError>,
+        reply: Reply<ProcessView>,
+    },
+    ExecExited {
+        exec_id: String,
+        exit: ProcessExit,
+    },
     Dumped(Result<crate::runtime::DumpReport, RuntimeError>),
     Restored(Result<crate::runtime::Restored, RuntimeError>),
-    Checkpointed { path: PathBuf, result: Result<(), RuntimeError>, reply: Reply<()> },
+    /// The memory of a wake could not be brought back, and the container was killed.
+    MemoryLost(String),
+    Checkpointed {
+        path: PathBuf,
+        result: Result<(), RuntimeError>,
+        reply: Reply<()>,
+    },
 }
 
 /// What a container is born with.

@@ -66,7 +66,7 @@ pub struct Snapshot {
     pub last_sleep: Option<Transition>,
     /// The last wake.
     pub last_wake: Option<Transition>,
-    /// Why the last sleep or wake failed; none after a success.
+    /// Why the last sleep or wake failed, or why the agent was killed after it; none after a success.
     pub last_error: Option<String>,
     /// The image that it sleeps in.
     pub image: Option<(PathBuf, u64)>,

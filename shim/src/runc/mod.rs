@@ -346,6 +346,10 @@ impl Runtime for RuncContainer {
         Ok(restored)
     }
 
+    async fn memory_lost(&self) -> Option<String> {
+        self.failed_fill().await
+    }
+
     async fn checkpoint(&self, config: &CheckpointConfig) -> Result<(), RuntimeError> {
         self.checkpoint_for_client(config).await
     }

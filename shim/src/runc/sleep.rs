@@ -343,8 +343,9 @@ impl RuncContainer {
         self.lock().fill.clone_from(&fill);
         let Some(mut fill) = fill else { return };
         tokio::spawn(async move {
-            match fill.complete().await {
-                Ok(report) => info!(
+            // Of a failure the actor says why.
+            if let Ok(report) = fill.complete().await {
+                info!(
                     %id,
                     ms = report.resident.as_millis(),
                     bytes = report.bytes,
@@ -352,8 +353,7 @@ impl RuncContainer {
                     prefetched = report.prefetched_bytes,
                     absent = report.absent_bytes,
                     "all memory is there"
-                ),
-                Err(error) => error!(%id, %error, "its memory could not be filled"),
+                );
             }
         });
     }
@@ -366,6 +366,12 @@ impl RuncContainer {
             fill.complete().await.map_err(failed)?;
         }
         Ok(())
+    }
+
+    /// Why the memory of the last wake could not be brought, when that is known.
+    pub(super) async fn failed_fill(&self) -> Option<String> {
+        let mut fill = self.lock().fill.clone()?;
+        fill.complete().await.err().map(|error| error.to_string())
     }
 
     /// Waits until a pager of a container that has ended has ended too.

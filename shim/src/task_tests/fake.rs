@@ -208,6 +208,12 @@ impl Runtime for Fake {
         Ok(Restored { process: self.begin(None), engine: "direct", mode: "pod-namespaces" })
     }
 
+    async fn memory_lost(&self) -> Option<String> {
+        let failed = self.outcome("fill").err()?;
+        self.exit(self.init(), 137);
+        Some(failed.to_string())
+    }
+
     async fn checkpoint(&self, config: &CheckpointConfig) -> Result<(), RuntimeError> {
         let call = format!("checkpoint {} exit={}", config.image_path.display(), config.exit);
         self.work("checkpoint", call).await

@@ -153,6 +153,23 @@ async fn a_failed_dump_leaves_the_agent_running_and_gives_the_reason() {
 }
 
 #[tokio::test]
+async fn who_asks_learns_why_memory_was_lost() {
+    let shim = Shim::running().await;
+    shim.sleep().await.unwrap();
+    shim.fake.fail_next("fill", RuntimeError::Failed("pages-1.img: Input/output error".to_owned()));
+    shim.wake().await.unwrap();
+    for _ in 0..500 {
+        if shim.status().await == Status::STOPPED && !shim.inspect().await.last_error.is_empty() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let inspected = shim.inspect().await;
+    assert!(inspected.last_error.contains("Input/output error"), "{}", inspected.last_error);
+    assert_eq!(shim.status().await, Status::STOPPED);
+}
+
+#[tokio::test]
 async fn a_dump_does_not_begin_when_the_journal_cannot_be_written() {
     let shim = Shim::running().await;
     std::fs::create_dir(shim.bundle.path().join("agentcube-journal.json.next")).unwrap();

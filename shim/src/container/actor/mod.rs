@@ -215,6 +215,7 @@ impl Actor {
             Message::ExecExited { exec_id, exit } => self.exec_exited(&exec_id, exit),
             Message::Dumped(result) => self.dumped(result).await,
             Message::Restored(result) => self.restored(result).await,
+            Message::MemoryLost(reason) => self.memory_lost(reason),
             Message::Checkpointed { path, result, reply } => self.checkpointed(&path, result, reply),
         }
         std::ops::ControlFlow::Continue(())

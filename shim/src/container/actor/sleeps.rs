@@ -157,6 +157,12 @@ impl Actor {
         match result {
             Ok(restored) => {
                 self.adopt(restored.process);
+                let (runtime, mailbox) = (self.runtime.clone(), self.mailbox.clone());
+                tokio::spawn(async move {
+                    if let Some(reason) = runtime.memory_lost().await {
+                        let _ = mailbox.send(Message::MemoryLost(reason));
+                    }
+                });
                 if let Some(waking) = &mut self.waking {
                     waking.engine = restored.engine;
                     waking.mode = restored.mode;
@@ -172,6 +178,12 @@ impl Actor {
             }
         }
         self.note(Event::RestoreDone { ok }).await;
+    }
+
+    /// Says why it was killed: nobody else will know.
+    pub(super) fn memory_lost(&mut self, reason: String) {
+        error!(id = %self.id, %reason, "its memory could not be filled");
+        self.snapshot.send_modify(|now| now.last_error = Some(reason));
     }
 
     /// Serves the requests that waited; they learn of the wake that they waited for, if there was one.
