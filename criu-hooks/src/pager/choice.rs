@@ -1,6 +1,6 @@
 //! Whether a restore can be lazy, and is better so.
 
-use std::io;
+use std::{fs, io, path::Path};
 
 use super::{LazyOptions, uffd};
 use crate::{
@@ -32,11 +32,13 @@ pub enum Eager {
     #[error("lazy pages are in a parent image")]
     Parent,
     /// The memory would not fit: better the restore fails than the agent that runs.
-    #[error("the memory of the image, {bytes} bytes, is more than the container's limit of {limit}")]
+    #[error(
+        "the memory of the image, {bytes} bytes, and a sixteenth more are over the {limit} that limits leave free"
+    )]
     Limit {
         /// Bytes of memory in the image.
         bytes: u64,
-        /// The limit in bytes.
+        /// What the limits of the container and of the cgroups above it leave free, in bytes.
         limit: u64,
     },
     /// The kernel does not allow it.
@@ -78,9 +80,32 @@ fn decide(amount: Amount, least: u64, limit: Option<u64>) -> Result<(), Eager> {
         return Err(Eager::Parent);
     }
     match limit {
-        Some(limit) if all > limit => Err(Eager::Limit { bytes: all, limit }),
+        // CRIU, page tables and what the agent takes meanwhile come on top.
+        Some(limit) if all.saturating_add(all / 16) > limit => Err(Eager::Limit { bytes: all, limit }),
         _ => Ok(()),
     }
+}
+
+/// What the limits of the cgroup `path` and of those above it leave free, in bytes; none without a limit. The page cache
+/// counts as free: the kernel takes it back before it refuses memory.
+fn free(path: &Path) -> Option<u64> {
+    let least = |path: &Path| {
+        let read = |name: &str| fs::read_to_string(path.join(name)).ok();
+        let limit: u64 = read("memory.max")?.trim().parse().ok()?;
+        let current: u64 = read("memory.current").and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+        let cache = read("memory.stat").map_or(0, |text| file_cache(&text));
+        Some(limit.saturating_sub(current.saturating_sub(cache)))
+    };
+    path.ancestors().filter_map(least).min()
+}
+
+/// Bytes of files in memory that can be dropped or written back.
+fn file_cache(stat: &str) -> u64 {
+    let of = |line: &str| match line.split_once(' ')? {
+        ("inactive_file" | "active_file", bytes) => bytes.parse::<u64>().ok(),
+        _ => None,
+    };
+    stat.lines().filter_map(of).sum()
 }
 
 /// Whether the restore of `image` into `cgroup` is to be lazy; the reason when not.
@@ -92,8 +117,7 @@ pub(crate) fn consider(options: &LazyOptions, image: &Image, cgroup: &Cgroup) ->
     });
     let maps = of_process.map(|name| Pagemap::read(image.images_dir(), name));
     let maps = maps.collect::<Result<Vec<_>, _>>()?;
-    let limit = std::fs::read_to_string(cgroup.path().join("memory.max")).ok();
-    decide(Amount::of(&maps), options.least_bytes, limit.and_then(|text| text.trim().parse().ok()))?;
+    decide(Amount::of(&maps), options.least_bytes, free(cgroup.path()))?;
     uffd::probe().map_err(Eager::Refused)
 }
 
@@ -120,8 +144,29 @@ mod tests {
         assert!(decide(amount, 1000 * PAGE, None).is_ok());
         assert!(matches!(decide(amount, 1001 * PAGE, None), Err(Eager::Small { .. })));
         assert!(matches!(decide(Amount::default(), 0, None), Err(Eager::Small { bytes: 0, .. })));
-        assert!(decide(amount, 0, Some(2000 * PAGE)).is_ok());
-        assert!(matches!(decide(amount, 0, Some(2000 * PAGE - 1)), Err(Eager::Limit { .. })));
+        assert!(decide(amount, 0, Some(2125 * PAGE)).is_ok());
+        assert!(matches!(decide(amount, 0, Some(2125 * PAGE - 1)), Err(Eager::Limit { .. })));
         assert!(matches!(decide(Amount { in_parent: true, ..amount }, 0, None), Err(Eager::Parent)));
+    }
+
+    #[test]
+    fn the_tightest_limit_counts() {
+        let top = tempfile::tempdir().unwrap();
+        let container = top.path().join("pod/container");
+        fs::create_dir_all(&container).unwrap();
+        assert_eq!(free(&container), None);
+        let set = |path: &Path, max: &str, current: &str, stat: &str| {
+            fs::write(path.join("memory.max"), max).unwrap();
+            fs::write(path.join("memory.current"), current).unwrap();
+            fs::write(path.join("memory.stat"), stat).unwrap();
+        };
+        set(&container, "max\n", "5\n", "");
+        assert_eq!(free(&container), None);
+        set(&top.path().join("pod"), "1000\n", "700\n", "anon 500\ninactive_file 150\nactive_file 50\n");
+        assert_eq!(free(&container), Some(500));
+        set(&container, "400\n", "0\n", "");
+        assert_eq!(free(&container), Some(400));
+        set(top.path(), "100\n", "300\n", "");
+        assert_eq!(free(&container), Some(0));
     }
 }
