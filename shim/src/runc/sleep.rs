@@ -20,7 +20,7 @@ use criu_hooks::{
     preflight::Preflight,
 };
 use rustix::process::Pid;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use super::{
     Ahead, FREEZE, ImageKind, RuncContainer, SleepImage, failed, precondition,
