@@ -157,7 +157,9 @@ impl Space {
                 for (start, end) in owed {
                     self.standing.add(start, end);
                 }
-                spared.into_iter().for_each(|run| self.insert(run));
+                for run in spared {
+                    self.insert(run);
+                }
             }
             Event::Remap { from, to, bytes } => {
                 let end = to.saturating_add(bytes);
