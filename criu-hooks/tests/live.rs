@@ -109,6 +109,27 @@ on_a_node!(a_page_map_that_lies_is_refused_before_criu_runs_though_its_digest_is
     agent.delete();
 });
 
+on_a_node!(an_image_that_no_restore_would_take_is_refused_while_the_agent_lives, async || {
+    let mut agent = Agent::start("refused", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    let writer = agent.store.begin(NAMESPACE, "refused", None).unwrap();
+    // As if a newer CRIU had written it; this one leaves it alone.
+    fs::write(writer.path().join("img/pagemap-999.img"), "nonsense").unwrap();
+    let options = DumpOptions::default();
+    let dumped = agent.engine.dump(&agent.container, agent.pid, &writer, &options, &mut NoHooks).await;
+    let error = dumped.unwrap_err();
+    assert!(matches!(error, DumpError::Image(image::Error::Pagemap { .. })), "{error}");
+    assert!(error.to_string().contains("pagemap-999.img"), "{error}");
+    drop(writer);
+    agent.assert_running();
+    let last = agent.count_on(last, 10).await;
+    assert!(agent.store.latest(NAMESPACE, "refused").unwrap().is_none());
+    agent.dump().await.unwrap();
+    agent.restore().await.unwrap();
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
+
 on_a_node!(a_counter_goes_on_over_five_cycles, async || {
     let mut agent = Agent::start("counter", &Setup::default());
     let mut last = agent.count_on(0, 5).await;

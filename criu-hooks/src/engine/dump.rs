@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use rustix::{process::Pid, thread::LinkNameSpaceType};
 
 use super::{
-    DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts, freezer,
+    DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts, freezer, ghosts,
     memory::{self, Memory},
     mode::{ClassicReason, Look},
     namespaces::{self, Kept, Kind},
@@ -115,6 +115,9 @@ pub enum DumpError {
     /// The image could not be described.
     #[error(transparent)]
     Image(#[from] image::Error),
+    /// It is not known which deleted files the processes have open: a restore could leave them behind.
+    #[error("the image's list of open files cannot be read, so it was discarded: {0}")]
+    Files(std::io::Error),
     /// The caller's hook called it off.
     #[error("the dump was called off: {0}")]
     Vetoed(HookError),
@@ -536,6 +539,7 @@ impl Notify<'_> {
         tracing::debug!(again, "system calls that go on after the restore");
         let mut facts = self.facts.clone();
         facts.stopped_us = u64::try_from(self.frozen.elapsed().as_micros()).unwrap_or(u64::MAX);
+        ghosts::check(self.writer.images_dir()).await.map_err(DumpError::Files)?;
         let manifest = self.writer.complete_in_background(facts).await?;
         self.image_bytes = manifest.files.iter().map(|file| file.size).sum();
         if !self.options.leave_running {

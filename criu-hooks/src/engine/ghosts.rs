@@ -88,6 +88,14 @@ impl Ghosts {
     }
 }
 
+/// Reads what [`Ghosts::of`] reads at a restore, on another thread: while the processes still live, an image can be
+/// discarded.
+pub(super) async fn check(images: BorrowedFd<'_>) -> io::Result<()> {
+    let images = images.try_clone_to_owned()?;
+    let read = tokio::task::spawn_blocking(move || names(images.as_fd()).map(drop)).await;
+    read.map_err(io::Error::other)?
+}
+
 /// Removes `name`, seen from `root`, whatever its links say.
 fn remove_in(root: &Path, name: &Path) -> io::Result<()> {
     let (Some(above), Some(file)) = (name.parent(), name.file_name()) else { return Ok(()) };
@@ -128,7 +136,11 @@ fn names(images: BorrowedFd<'_>) -> io::Result<Vec<PathBuf>> {
 fn read(images: BorrowedFd<'_>, name: &str) -> io::Result<Vec<u8>> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut bytes = Vec::new();
-    File::from(rustix::fs::openat(images, name, flags, Mode::empty())?).take(MAX).read_to_end(&mut bytes)?;
+    let file = File::from(rustix::fs::openat(images, name, flags, Mode::empty())?);
+    file.take(MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX {
+        return Err(io::Error::other(format!("{name} is longer than {MAX} bytes")));
+    }
     Ok(bytes)
 }
 
@@ -277,6 +289,22 @@ mod tests {
         assert!(!root.join("tmp/a.ghost").exists() && !root.join("tmp/dir.ghost").exists());
         assert!(!volume.join("b.ghost").exists());
         assert!(root.join("tmp/kept").exists() && above.path().join("out.ghost").exists());
+    }
+
+    #[tokio::test]
+    async fn a_list_that_is_not_as_expected_is_told_before_anything_is_killed() {
+        let images = tempfile::tempdir().unwrap();
+        let opened = File::open(images.path()).unwrap();
+        check(opened.as_fd()).await.unwrap();
+        let remaps = image(REMAPS.1, &[&[8, 5, 16, 31, 24, 1]]);
+        std::fs::write(images.path().join(REMAPS.0), remaps).unwrap();
+        assert_eq!(check(opened.as_fd()).await.unwrap_err().kind(), io::ErrorKind::NotFound);
+        std::fs::write(images.path().join(FILES.0), "of another kind").unwrap();
+        let error = check(opened.as_fd()).await.unwrap_err();
+        assert!(error.to_string().contains(FILES.0), "{error}");
+        File::create(images.path().join(FILES.0)).unwrap().set_len(MAX + 1).unwrap();
+        let error = check(opened.as_fd()).await.unwrap_err();
+        assert!(error.to_string().contains("longer"), "{error}");
     }
 
     proptest::proptest! {

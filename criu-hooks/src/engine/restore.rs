@@ -35,7 +35,7 @@ use crate::{
         self, Event, HookError, Launch, NotifyHooks, Session,
         rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
     },
-    image::{self, Claim, Expected, Image, Mode, Outside, PageCheck, Pages},
+    image::{self, Claim, Expected, Image, Mode, Outside, PageCheck, PageMaps, Pages},
     pager::{self, Eager, Fill, FillError, LazyOptions, Place},
     procfs,
     spawn::{ExitFuture, Spawner},
@@ -155,9 +155,6 @@ pub enum RestoreError {
     /// A namespace to join is not the one in which the dump was made.
     #[error("the {0} namespace is not the one in which the container fell asleep")]
     OtherNamespace(&'static str),
-    /// It is not known which deleted files the processes had open.
-    #[error("the image's list of files cannot be read: {0}")]
-    Ghosts(io::Error),
     /// A memory file system cannot be shown again.
     #[error("a memory file system of the container cannot be mounted: {0}")]
     Memory(io::Error),
@@ -230,7 +227,7 @@ impl Engine {
         let started = Instant::now();
         let spec_digest = &container.spec_digest;
         image.give_up_finishing();
-        image.verify(&Expected { namespace, container: &container.id, spec_digest })?;
+        let maps = image.verify(&Expected { namespace, container: &container.id, spec_digest })?;
         if container.cgroup.populated()? {
             return Err(RestoreError::Running(container.cgroup.path().to_owned()));
         }
@@ -245,7 +242,11 @@ impl Engine {
         let outside = &image.manifest().facts.outside;
         let memory = memory_mounts(outside, &options.kept)?;
         let mounts = options.kept.mounts.as_ref().and_then(|mounts| mounts.try_clone().ok());
-        let ghosts = Ghosts::of(image.images_dir(), container, mounts).map_err(RestoreError::Ghosts)?;
+        // Without the list nothing that an earlier try left can be removed; mostly there is nothing.
+        let ghosts = Ghosts::of(image.images_dir(), container, mounts).unwrap_or_else(|error| {
+            tracing::warn!(container = container.id, %error, "the image's list of open files cannot be read");
+            Ghosts::default()
+        });
         ghosts.remove();
         let root = RootMount::new(&container.rootfs, &container.bundle)
             .map_err(|source| RestoreError::Rootfs { path: container.rootfs.clone(), source })?;
@@ -263,7 +264,7 @@ impl Engine {
             failed: true,
             in_background: false,
         };
-        let (fill, eager) = match self.start_fill(container, image, options) {
+        let (fill, eager) = match self.start_fill(container, image, &maps, options) {
             Ok(fill) => (Some(fill), None),
             Err(eager) => (None, Some(eager)),
         };
@@ -295,10 +296,11 @@ impl Engine {
         &self,
         container: &Container,
         image: &Image,
+        maps: &PageMaps,
         options: &RestoreOptions,
     ) -> Result<Fill, Eager> {
         let lazy = options.lazy.as_ref().ok_or(Eager::Off)?;
-        pager::consider(lazy, image, &container.cgroup)?;
+        pager::consider(lazy, maps, &container.cgroup)?;
         let sums = Claim::open(image).map_err(|error| Eager::Pager(io::Error::other(error)))?;
         let place = Place {
             images: image.images_dir(),

@@ -15,6 +15,7 @@ mod directory;
 mod error;
 mod finish;
 mod manifest;
+mod maps;
 pub mod pagemap;
 mod readahead;
 mod store;
@@ -23,7 +24,6 @@ mod writeback;
 mod writer;
 
 use std::{
-    collections::HashSet,
     io::Read,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -39,6 +39,7 @@ pub use finish::Finished;
 pub use manifest::{
     Facts, FileEntry, MANIFEST_VERSION, MAX_MANIFEST, Manifest, Mode, Outside, OutsideMount, Versions,
 };
+pub use maps::PageMaps;
 pub use readahead::{Part, Readahead};
 pub use store::Store;
 pub(crate) use sums::Claim;
@@ -112,12 +113,13 @@ impl Image {
     }
 
     /// Checks that the image is the container's own, of this boot of the machine, and that each file is as it was
-    /// when the dump ended: sizes of all, contents of all but the memory pages, and that each page map fits its pages.
+    /// when the dump ended: sizes of all, contents of all but the memory pages, and that each page map fits its pages. It
+    /// gives back these page maps.
     /// The pages themselves are checked by [`Image::check_in_background`] and [`PageSums`].
     ///
     /// # Errors
     /// One that names the file, or says whose the image is.
-    pub fn verify(&self, expected: &Expected<'_>) -> Result<(), Error> {
+    pub fn verify(&self, expected: &Expected<'_>) -> Result<PageMaps, Error> {
         self.manifest.check_owner(&self.path, expected)?;
         let boot = crate::procfs::boot_id()
             .map_err(|source| Error::io("read", Path::new("/proc/sys/kernel/random/boot_id"), source))?;
@@ -132,7 +134,7 @@ impl Image {
             }
         }
         self.manifest.files.iter().try_for_each(|file| self.verify_file(file))?;
-        self.verify_pagemaps()
+        PageMaps::read(self.images.as_fd(), &self.path, &self.manifest.files)
     }
 
     /// What its checksums must belong to.
@@ -166,27 +168,6 @@ impl Image {
             Some(_) => Err(Error::Altered { image: self.path.clone(), file: MANIFEST.to_owned() }),
             None => Err(Error::Missing { image: self.path.clone(), file: MANIFEST.to_owned() }),
         }
-    }
-
-    /// Checks that each page map has a pages file of its own, as long as the map says.
-    fn verify_pagemaps(&self) -> Result<(), Error> {
-        let mut taken = HashSet::new();
-        for map_file in self.manifest.files.iter().filter(|file| manifest::is_pagemap(&file.name)) {
-            let map = self.pagemap(&map_file.name)?;
-            let pages = map.pages_name();
-            let bytes = self.manifest.files.iter().find(|file| file.name == pages).map(|file| file.size);
-            let why = match bytes {
-                None => "is not there",
-                Some(bytes) if map.present().checked_mul(pagemap::PAGE) != Some(bytes) => {
-                    "has not as many pages as it says"
-                }
-                Some(_) if !taken.insert(map.pages_id) => "belongs to another page map",
-                Some(_) => continue,
-            };
-            let (image, file) = (self.path.clone(), map_file.name.clone());
-            return Err(Error::PagesMismatch { image, file, pages, why });
-        }
-        Ok(())
     }
 
     fn verify_file(&self, entry: &FileEntry) -> Result<(), Error> {

@@ -15,8 +15,8 @@ use rustix::{
 };
 
 use super::{
-    Error, Facts, FileEntry, IMAGES, Image, MANIFEST, MANIFEST_VERSION, Manifest, SPARE, WORK, digest_of,
-    directory, manifest::is_pages,
+    Error, Facts, FileEntry, IMAGES, Image, MANIFEST, MANIFEST_VERSION, MAX_MANIFEST, Manifest, PageMaps,
+    SPARE, WORK, digest_of, directory, manifest::is_pages,
 };
 
 /// The name of a manifest that is not yet whole.
@@ -144,17 +144,18 @@ impl ImageWriter {
     /// # Errors
     /// When a file cannot be read, or the manifest cannot be written; the image then stays incomplete.
     pub fn complete(&self, facts: Facts) -> Result<Manifest, Error> {
-        self.generation.complete(facts)
+        self.generation.write(self.generation.describe_all(facts)?)
     }
 
-    /// As [`ImageWriter::complete`], on another thread. When the future is dropped, the image may still become complete
+    /// As [`ImageWriter::complete`], on another thread, and only when a restore would take the page maps: nothing may be
+    /// killed for an image that cannot be restored. When the future is dropped, the image may still become complete
     /// until it is revoked.
     ///
     /// # Errors
-    /// As [`ImageWriter::complete`].
+    /// As [`ImageWriter::complete`], and [`Error::Pagemap`] or [`Error::PagesMismatch`].
     pub async fn complete_in_background(&self, facts: Facts) -> Result<Manifest, Error> {
         let generation = Arc::clone(&self.generation);
-        let done = tokio::task::spawn_blocking(move || generation.complete(facts)).await;
+        let done = tokio::task::spawn_blocking(move || generation.complete_restorable(facts)).await;
         done.unwrap_or_else(|error| Err(Error::io("describe", self.path(), std::io::Error::other(error))))
     }
 
@@ -206,11 +207,17 @@ impl Generation {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn complete(&self, facts: Facts) -> Result<Manifest, Error> {
+    fn complete_restorable(&self, facts: Facts) -> Result<Manifest, Error> {
+        let manifest = self.describe_all(facts)?;
+        PageMaps::read(self.images.as_fd(), &self.path, &manifest.files)?;
+        self.write(manifest)
+    }
+
+    fn describe_all(&self, facts: Facts) -> Result<Manifest, Error> {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let boot_id = crate::procfs::boot_id()
             .map_err(|source| Error::io("read", Path::new("/proc/sys/kernel/random/boot_id"), source))?;
-        let manifest = Manifest {
+        Ok(Manifest {
             version: MANIFEST_VERSION,
             namespace: self.namespace.clone(),
             container: self.container.clone(),
@@ -219,9 +226,7 @@ impl Generation {
             created_unix_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
             facts,
             files: self.files()?,
-        };
-        self.write(&manifest).map_err(|source| Error::io("write", &self.path.join(MANIFEST), source))?;
-        Ok(manifest)
+        })
     }
 
     fn revoke(&self) -> Result<(), Error> {
@@ -265,11 +270,22 @@ impl Generation {
         Ok(FileEntry { name, size: u64::try_from(stat.st_size).unwrap_or_default(), sha256 })
     }
 
-    fn write(&self, manifest: &Manifest) -> std::io::Result<()> {
+    fn write(&self, manifest: Manifest) -> Result<Manifest, Error> {
+        let path = self.path.join(MANIFEST);
+        let failed = |source| Error::io("write", &path, source);
+        let text = serde_json::to_vec(&manifest).map_err(|error| failed(error.into()))?;
+        if u64::try_from(text.len()).unwrap_or(u64::MAX) > MAX_MANIFEST {
+            return Err(Error::ManifestTooLong { path });
+        }
+        self.publish(&text).map_err(failed)?;
+        Ok(manifest)
+    }
+
+    fn publish(&self, manifest: &[u8]) -> std::io::Result<()> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
         let mut file = File::from(rustix::fs::openat(&self.directory, UNFINISHED, flags, mode)?);
-        file.write_all(&serde_json::to_vec(manifest)?)?;
+        file.write_all(manifest)?;
         // Neither the manifest nor its name waits for the disk, as CRIU's files do not: an image is of use only in the boot
         // that made it, and to that one all of it is there at once. The agent stands still meanwhile, and a disk takes
         // as long for this as CRIU for a small dump.

@@ -6,8 +6,8 @@ use super::{LazyOptions, uffd};
 use crate::{
     cgroup::Cgroup,
     image::{
-        Image,
-        pagemap::{PAGE, Pagemap, PagemapError},
+        PageMaps,
+        pagemap::{PAGE, Pagemap},
     },
 };
 
@@ -25,9 +25,6 @@ pub enum Eager {
         /// The bytes from which on it is lazy.
         least: u64,
     },
-    /// A page map that only CRIU may understand.
-    #[error(transparent)]
-    Pagemap(#[from] PagemapError),
     /// Lazy pages are in a parent image.
     #[error("lazy pages are in a parent image")]
     Parent,
@@ -108,16 +105,9 @@ fn file_cache(stat: &str) -> u64 {
     stat.lines().filter_map(of).sum()
 }
 
-/// Whether the restore of `image` into `cgroup` is to be lazy; the reason when not.
-pub(crate) fn consider(options: &LazyOptions, image: &Image, cgroup: &Cgroup) -> Result<(), Eager> {
-    let names = image.manifest().files.iter().map(|file| file.name.as_str());
-    let of_process = names.filter(|name| {
-        let id = name.strip_prefix("pagemap-").and_then(|rest| rest.strip_suffix(".img"));
-        id.is_some_and(|id| id.bytes().all(|byte| byte.is_ascii_digit()))
-    });
-    let maps = of_process.map(|name| Pagemap::read(image.images_dir(), name));
-    let maps = maps.collect::<Result<Vec<_>, _>>()?;
-    decide(Amount::of(&maps), options.least_bytes, free(cgroup.path()))?;
+/// Whether the restore of an image with the page maps `maps` into `cgroup` is to be lazy; the reason when not.
+pub(crate) fn consider(options: &LazyOptions, maps: &PageMaps, cgroup: &Cgroup) -> Result<(), Eager> {
+    decide(Amount::of(maps.of_processes()), options.least_bytes, free(cgroup.path()))?;
     uffd::probe().map_err(Eager::Refused)
 }
 
