@@ -11,8 +11,8 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::ffi::OsStringExt,
     },
-    path::PathBuf,
-    sync::Arc,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -155,6 +155,17 @@ pub enum RestoreError {
     /// A namespace to join is not the one in which the dump was made.
     #[error("the {0} namespace is not the one in which the container fell asleep")]
     OtherNamespace(&'static str),
+    /// A deleted file that a process has open would be lost if this restore failed.
+    #[error("a deleted file that has another name cannot be kept: {0}")]
+    Ghosts(io::Error),
+    /// A disk or a volume gives no answer.
+    #[error("{} gave no answer for {} s: does its disk or its server hang?", path.display(), after.as_secs())]
+    Hangs {
+        /// What was looked at.
+        path: PathBuf,
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// A memory file system cannot be shown again.
     #[error("a memory file system of the container cannot be mounted: {0}")]
     Memory(io::Error),
@@ -225,29 +236,13 @@ impl Engine {
         hooks: &mut dyn RestoreHooks,
     ) -> Result<Restored, RestoreError> {
         let started = Instant::now();
-        let spec_digest = &container.spec_digest;
         image.give_up_finishing();
-        let maps = image.verify(&Expected { namespace, container: &container.id, spec_digest })?;
         if container.cgroup.populated()? {
             return Err(RestoreError::Running(container.cgroup.path().to_owned()));
         }
         container.cgroup.thaw().await?;
-        for external in &container.external_mounts {
-            rustix::fs::stat(&external.source).map_err(|error| RestoreError::Volume {
-                path: external.source.clone(),
-                target: external.target.clone(),
-                source: error.into(),
-            })?;
-        }
-        let outside = &image.manifest().facts.outside;
-        let memory = memory_mounts(outside, &options.kept)?;
-        let mounts = options.kept.mounts.as_ref().and_then(|mounts| mounts.try_clone().ok());
-        // Without the list nothing that an earlier try left can be removed; mostly there is nothing.
-        let ghosts = Ghosts::of(image.images_dir(), container, mounts).unwrap_or_else(|error| {
-            tracing::warn!(container = container.id, %error, "the image's list of open files cannot be read");
-            Ghosts::default()
-        });
-        ghosts.remove();
+        let (maps, ghosts) = look(namespace, container, image, options).await?;
+        let memory = memory_mounts(&image.manifest().facts.outside, &options.kept)?;
         let root = RootMount::new(&container.rootfs, &container.bundle)
             .map_err(|source| RestoreError::Rootfs { path: container.rootfs.clone(), source })?;
         let oom_kills = OomKills::count(&container.cgroup);
@@ -274,6 +269,7 @@ impl Engine {
             Ok((pid, console)) => {
                 attempt.failed = false;
                 attempt.root = None;
+                on_volumes(&attempt.ghosts, Ghosts::finish).await;
                 let fill = attempt.fill.take().ok_or(eager.unwrap_or(Eager::Off));
                 Ok(Restored { pid, console, total: started.elapsed(), fill })
             }
@@ -414,6 +410,57 @@ impl Engine {
     }
 }
 
+/// Looks at all that is on disks and volumes, before anything is made. They may hang, so it is done on another thread.
+async fn look(
+    namespace: &str,
+    container: &Container,
+    image: &Image,
+    options: &RestoreOptions,
+) -> Result<(PageMaps, Arc<Ghosts>), RestoreError> {
+    let place = Arc::new(Mutex::new(image.path().to_owned()));
+    let (namespace, container, image) = (namespace.to_owned(), container.clone(), image.clone());
+    let mounts = options.kept.mounts.as_ref().and_then(|mounts| mounts.try_clone().ok());
+    let at = Arc::clone(&place);
+    let looking = tokio::task::spawn_blocking(move || {
+        let go_to = |path: &Path| path.clone_into(&mut at.lock().unwrap_or_else(PoisonError::into_inner));
+        let Container { id, spec_digest, external_mounts, .. } = &container;
+        let maps = image.verify(&Expected { namespace: &namespace, container: id, spec_digest })?;
+        for external in external_mounts {
+            go_to(&external.source);
+            rustix::fs::stat(&external.source).map_err(|error| RestoreError::Volume {
+                path: external.source.clone(),
+                target: external.target.clone(),
+                source: error.into(),
+            })?;
+        }
+        // Without the list nothing that an earlier try left can be removed; mostly there is nothing.
+        let ghosts = Ghosts::of(image.images_dir(), &container, mounts).unwrap_or_else(|error| {
+            tracing::warn!(container = id, %error, "the image's list of open files cannot be read");
+            Ghosts::default()
+        });
+        go_to(&container.rootfs);
+        ghosts.prepare().map_err(RestoreError::Ghosts)?;
+        Ok((maps, Arc::new(ghosts)))
+    });
+    match tokio::time::timeout(options.timeout, looking).await {
+        Ok(looked) => looked.unwrap_or_else(|error| Err(RestoreError::Ghosts(io::Error::other(error)))),
+        Err(_elapsed) => {
+            let path = place.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            Err(RestoreError::Hangs { path, after: options.timeout })
+        }
+    }
+}
+
+/// Does `work` on another thread, and no longer than what is dead may take.
+async fn on_volumes(ghosts: &Arc<Ghosts>, work: fn(&Ghosts)) {
+    let at_work = Arc::clone(ghosts);
+    let working = tokio::task::spawn_blocking(move || work(&at_work));
+    if tokio::time::timeout(DEATH_TIMEOUT, working).await.is_err() {
+        ghosts.give_up();
+        tracing::error!("a volume hangs: names of deleted files may be left there");
+    }
+}
+
 /// Copies of the mounts whose file systems have lived on.
 fn memory_mounts(outside: &Outside, kept: &Kept) -> Result<Vec<Detached>, RestoreError> {
     let Some(&number) = outside.namespaces.get("mnt") else { return Ok(Vec::new()) };
@@ -520,8 +567,8 @@ fn name_inherited(request: &mut Criu_req, key: String, number: RawFd) {
 struct Attempt {
     cgroup: Cgroup,
     spawner: Arc<dyn Spawner>,
-    /// Removed when it goes wrong.
-    ghosts: Ghosts,
+    /// Undone when it goes wrong.
+    ghosts: Arc<Ghosts>,
     /// Unmounted when this is dropped, in any case.
     root: Option<RootMount>,
     session: Option<Session>,
@@ -557,7 +604,7 @@ impl Attempt {
             tracing::error!(%error, "what a failed restore had made cannot be killed");
         }
         let _ = self.cgroup.thaw_now();
-        self.ghosts.remove();
+        on_volumes(&self.ghosts, Ghosts::undo).await;
         let failed = match self.fill.take() {
             Some(fill) => fill.abandon().await,
             None => None,
@@ -597,7 +644,7 @@ impl Drop for Attempt {
         let mut rest = Attempt {
             cgroup: self.cgroup.clone(),
             spawner: Arc::clone(&self.spawner),
-            ghosts: std::mem::take(&mut self.ghosts),
+            ghosts: Arc::clone(&self.ghosts),
             root: self.root.take(),
             session: None,
             dying: self.dying.take(),
