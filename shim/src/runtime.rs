@@ -5,16 +5,14 @@
 use std::{
     path::PathBuf,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
 use containerd_shim::protos::{api::Mount, protobuf::well_known_types::any::Any};
 use oci_spec::runtime::LinuxResources;
+use tokio::sync::watch;
 
 use crate::lifecycle::Depth;
 
@@ -83,17 +81,35 @@ pub struct Process {
 
 /// Tells a dump under way that something needs the agent awake.
 #[derive(Debug, Clone, Default)]
-pub struct Veto(Arc<AtomicBool>);
+pub struct Veto(Arc<watch::Sender<bool>>);
 
 impl Veto {
     /// Asks for the dump to be given up.
     pub fn raise(&self) {
-        self.0.store(true, Ordering::SeqCst);
+        self.0.send_replace(true);
     }
 
     /// Whether that was asked for.
     pub fn is_raised(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
+        *self.0.borrow()
+    }
+
+    /// Waits until that is asked for.
+    pub async fn raised(&self) {
+        // It cannot be closed: the sender is here.
+        let _ = self.0.subscribe().wait_for(|raised| *raised).await;
+    }
+
+    /// Does `work` unless that is asked for meanwhile, or was before.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Vetoed`].
+    pub async fn unless_raised<T>(&self, work: impl Future<Output = T>) -> Result<T, RuntimeError> {
+        tokio::select! {
+            biased;
+            () = self.raised() => Err(RuntimeError::Vetoed),
+            done = work => Ok(done),
+        }
     }
 }
 
@@ -225,4 +241,24 @@ pub trait Runtime: Send + Sync {
 pub trait RuntimeFactory: Send + Sync {
     /// Makes a container and its init process, which does not run yet. On error nothing is left behind.
     async fn create(&self, config: &CreateConfig) -> Result<(Arc<dyn Runtime>, Process), RuntimeError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_veto_ends_what_may_take_for_ever() {
+        let veto = Veto::default();
+        assert!(matches!(veto.unless_raised(async { 7 }).await, Ok(7)));
+        let other = veto.clone();
+        let waiting = tokio::spawn(async move { other.unless_raised(std::future::pending::<()>()).await });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished() && !veto.is_raised());
+        veto.raise();
+        assert!(matches!(waiting.await, Ok(Err(RuntimeError::Vetoed))));
+        assert!(veto.is_raised());
+        // Nor is anything begun after it.
+        assert!(matches!(veto.unless_raised(async { 7 }).await, Err(RuntimeError::Vetoed)));
+    }
 }

@@ -166,8 +166,9 @@ impl RuncContainer {
         let engine = self.engine.clone().with_versions(&criu.to_string(), "");
         let container = self.for_engine()?;
         let init = self.lock().init.raw().ok_or_else(|| failed("there is no init process"))?;
-        self.complete_fill().await?;
-        let writer = self.begin_image().await?;
+        // A fill can take long, and the agent runs meanwhile: who needs it need not wait for that.
+        veto.unless_raised(self.complete_fill()).await??;
+        let writer = veto.unless_raised(self.begin_image()).await??;
         let pids: Vec<u32> = self.cgroup.procs().map_err(failed)?.into_iter().map(process::number).collect();
         let frozen = Instant::now();
         // Nothing may be thawed again after this: the streams are as they are from here on.
