@@ -193,8 +193,8 @@ impl RuntimeFactory for RuncFactory {
                 last_pids: Vec::new(),
                 image: None,
                 fill: None,
-                updates: Vec::new(),
             }),
+            updates: Arc::default(),
         };
         Ok((Arc::new(container), process::of(pid, exit)))
     }

@@ -7,6 +7,7 @@ mod create;
 mod process;
 mod sleep;
 pub mod state_file;
+mod updates;
 
 use std::{
     collections::HashMap,
@@ -32,9 +33,12 @@ use runc::{
 use tokio::sync::OnceCell;
 use tracing::{debug, info, warn};
 
-use self::ahead::Ahead;
-use self::process::{ProcessHandle, runc_error};
 pub use self::{cleanup::cleanup, create::RuncFactory};
+use self::{
+    ahead::Ahead,
+    process::{ProcessHandle, runc_error},
+    updates::{Recorder, Updates},
+};
 use crate::{
     controllers,
     io::{ConsoleSocket, ProcessIo},
@@ -69,6 +73,8 @@ pub struct RuncContainer {
     own_pid_namespace: bool,
     io: Arc<ProcessIo>,
     inner: Mutex<Inner>,
+    /// Limits that were changed in its sleep.
+    updates: Arc<Updates>,
     /// Ends with the container.
     oom: Option<tokio::task::AbortHandle>,
 }
@@ -90,8 +96,6 @@ struct Inner {
     image: Option<SleepImage>,
     /// Memory that comes, or came, after the last wake.
     fill: Option<Fill>,
-    /// Limits that were changed in its sleep; runc learns of them after the wake.
-    updates: Vec<LinuxResources>,
 }
 
 /// What a checkpointed container is restored from.
@@ -143,6 +147,25 @@ fn has_own_pid_namespace(spec: &Spec) -> bool {
     })
 }
 
+/// Changes the limits of one container with runc.
+struct LimitsOf {
+    runc: Runc,
+    id: String,
+    log: PathBuf,
+}
+
+#[async_trait]
+impl Recorder for LimitsOf {
+    async fn update(&self, resources: &LinuxResources) -> Result<(), RuntimeError> {
+        let updated = self.runc.update(&self.id, resources).await;
+        updated.map_err(|error| runc_error("update", error, &self.log))
+    }
+
+    fn missed(&self, error: &RuntimeError) {
+        warn!(id = %self.id, %error, "limits hold, but runc could not be told");
+    }
+}
+
 impl RuncContainer {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -164,21 +187,14 @@ impl RuncContainer {
         self.bundle.join(create::RUNC_LOG)
     }
 
+    fn recorder(&self) -> LimitsOf {
+        LimitsOf { runc: self.runc.clone(), id: self.id.clone(), log: self.runc_log() }
+    }
+
     /// Gives runc the limits that were changed while there was no process for it. Nobody waits for that: they hold.
     fn catch_up(&self) {
-        let updates = std::mem::take(&mut self.lock().updates);
-        if updates.is_empty() {
-            return;
-        }
-        let (runc, id, log) = (self.runc.clone(), self.id.clone(), self.runc_log());
-        tokio::spawn(async move {
-            for resources in &updates {
-                if let Err(error) = runc.update(&id, resources).await {
-                    let error = runc_error("update", error, &log);
-                    warn!(%id, %error, "limits hold, but runc could not be told");
-                }
-            }
-        });
+        let (updates, recorder) = (self.updates.clone(), self.recorder());
+        tokio::spawn(async move { updates.catch_up(&recorder).await });
     }
 
     /// Has a look at CRIU that the first dump would else have to wait for. It matters to nobody else, so whatever is
@@ -310,17 +326,17 @@ impl Runtime for RuncContainer {
         let resources = &controllers::of_update(resources, self.options.ignore_missing_controllers)
             .map_err(precondition)?;
         if !asleep {
-            let updated = self.runc.update(&self.id, resources).await;
-            return updated.map_err(|error| runc_error("update", error, &self.runc_log()));
+            return self.updates.by_runc(resources, &self.recorder()).await;
         }
         let settings =
             limits::settings(resources).map_err(|error| RuntimeError::InvalidArgument(error.to_string()))?;
         // To lower a memory limit the kernel reclaims, and takes its time.
         let cgroup = self.cgroup.path().to_owned();
-        let applied = tokio::task::spawn_blocking(move || limits::apply(&cgroup, &settings)).await;
-        applied.map_err(failed)?.map_err(precondition)?;
-        self.lock().updates.push(resources.clone());
-        Ok(())
+        let apply = async {
+            let applied = tokio::task::spawn_blocking(move || limits::apply(&cgroup, &settings)).await;
+            applied.map_err(failed)?.map_err(precondition)
+        };
+        self.updates.past_runc(resources.clone(), apply).await
     }
 
     async fn freeze(&self) -> Result<(), RuntimeError> {
@@ -337,7 +353,12 @@ impl Runtime for RuncContainer {
     }
 
     async fn dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
-        self.put_to_sleep(veto).await
+        let slept = self.put_to_sleep(veto).await;
+        if slept.is_err() {
+            // It runs on, and limits may have been changed meanwhile.
+            self.catch_up();
+        }
+        slept
     }
 
     async fn restore(&self) -> Result<Restored, RuntimeError> {
