@@ -243,3 +243,77 @@ on_a_node!(criu_killed_at_any_moment_never_leaves_the_agent_stuck, async || {
     println!("{lost} processes ended in {dumps} dumps whose CRIU was killed");
     assert!(lost * 4 <= dumps, "{lost} of {dumps}");
 });
+
+/// A file that was deleted and has another name.
+const OTHER_NAME: &str = "
+import os, time
+file = open('/tmp/first', 'w+')
+file.write('kept'); file.flush()
+os.link('/tmp/first', '/tmp/second')
+os.unlink('/tmp/first')
+i = 0
+while True:
+    i += 1
+    file.seek(0)
+    assert file.read() == 'kept' and os.fstat(file.fileno()).st_ino == os.stat('/tmp/second').st_ino
+    print(i, flush=True)
+    time.sleep(0.02)";
+
+/// Removes the name that the dump has made, as CRIU does in its next step, and fails there.
+struct Late(PathBuf);
+
+#[async_trait::async_trait]
+impl RestoreHooks for Late {
+    async fn before_resume(&mut self, _: Pid) -> Result<(), HookError> {
+        let name = names_in(&self.0).into_iter().find(|name| is_link(name)).ok_or("CRIU has removed it")?;
+        fs::remove_file(self.0.join(name))?;
+        Err("too late".into())
+    }
+}
+
+fn names_in(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Whether the dump has made this name.
+fn is_link(name: &str) -> bool {
+    name.strip_prefix("link_remap.").is_some_and(|number| number.parse::<u32>().is_ok())
+}
+
+on_a_node!(a_restore_that_fails_late_loses_no_deleted_file_that_has_another_name, async || {
+    let args = ["python3", "-c", OTHER_NAME];
+    let mut agent = Agent::start("linked", &Setup { args: &args, whole_root: true, ..Setup::default() });
+    let last = agent.count_on(0, 5).await;
+    agent.dump().await.unwrap();
+    let tmp = agent.container.rootfs.join("tmp");
+    let asleep = names_in(&tmp);
+    assert!(asleep.iter().any(|name| is_link(name)), "{asleep:?}");
+    for _ in 0..2 {
+        let image = agent.image();
+        let (options, inherit) = (agent.restore_options(), agent.inherit(&image));
+        let mut late = Late(tmp.clone());
+        let restored =
+            agent.engine.restore(NAMESPACE, &agent.container, &image, &options, inherit, &mut late).await;
+        assert!(restored.unwrap_err().to_string().contains("too late"));
+        assert_eq!(names_in(&tmp), asleep);
+    }
+    for after in [5, 10, 15, 20, 25, 30] {
+        let killer = Killer::engine(When::After(Duration::from_millis(after)));
+        let kept = std::mem::replace(&mut agent.engine, killer);
+        let restored = agent.restore().await;
+        agent.engine = kept;
+        if restored.is_ok() {
+            break;
+        }
+        assert_eq!(names_in(&tmp), asleep, "after {after} ms");
+    }
+    if !procfs::alive(agent.pid) {
+        agent.restore().await.unwrap();
+    }
+    agent.count_on(last, 10).await;
+    assert_eq!(names_in(&tmp), ["second"]);
+    agent.delete();
+});
