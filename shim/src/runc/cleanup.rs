@@ -1,11 +1,15 @@
-//! The action `delete`: what is left of a container whose shim has died is taken away, but never an image.
+//! The action `delete`: what is left of a container whose shim has died is taken away, but never an image
+//! that holds its state.
 
 use std::{path::Path, time::SystemTime};
 
 use criu_hooks::image::{Mode, Store};
 use runc::options::DeleteOpts;
 
-use super::create::{last_record, orphaned_image, runc_of};
+use super::{
+    create::{Holder, last_record, runc_of, what_holds},
+    sleep::remove_images,
+};
 use crate::{options::Options, reaper::Reaper, rootfs, runtime::ProcessExit};
 
 /// What containerd is told of the container.
@@ -40,12 +44,21 @@ pub async fn cleanup(namespace: &str, id: &str, bundle: &Path, reaper: &Reaper) 
     if let Err(error) = rootfs::unmount(bundle) {
         eprintln!("container {id}: {error}");
     }
-    if let Some(image) = record.as_ref().and_then(orphaned_image) {
-        let rest = without(&options, namespace, id);
-        eprintln!(
-            "container {id} was asleep when its shim died: its state is kept in {}{rest}",
-            image.display()
-        );
+    match record.as_ref().map(|record| what_holds(record)) {
+        Some(Holder::Image(image)) => {
+            let rest = without(&options, namespace, id);
+            eprintln!(
+                "container {id} was asleep when its shim died: its state is kept in {}{rest}",
+                image.display()
+            );
+        }
+        // An image of its last sleep, which was to go when all memory was filled.
+        Some(Holder::Processes) => {
+            if let Err(error) = remove_images(&options.image_dir, namespace, id) {
+                eprintln!("container {id}: images stay on the disk: {error}");
+            }
+        }
+        Some(Holder::Either) | None => {}
     }
     Ended { pid: record.map_or(0, |record| record.pid), code: exit.code, at: exit.at }
 }

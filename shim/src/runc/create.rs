@@ -234,7 +234,39 @@ pub(super) fn last_record(bundle: &Path) -> Option<Record> {
     }
 }
 
-/// The image that holds the state of a container whose shim has died, if an image does.
-pub(super) fn orphaned_image(record: &Record) -> Option<&PathBuf> {
-    matches!(record.phase, Phase::Checkpointed | Phase::Restoring).then_some(record.image.as_ref()).flatten()
+/// What held the state of a container whose shim has died.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Holder<'a> {
+    /// Its processes, which have ended with the shim: images are out of date.
+    Processes,
+    /// This image.
+    Image(&'a PathBuf),
+    /// It was falling asleep: an image, if one is complete, may be all that is left.
+    Either,
+}
+
+pub(super) fn what_holds(record: &Record) -> Holder<'_> {
+    match (record.phase, &record.image) {
+        (Phase::Running | Phase::Stopped, _) => Holder::Processes,
+        (Phase::Checkpointed | Phase::Restoring, Some(image)) => Holder::Image(image),
+        (Phase::Checkpointed | Phase::Restoring | Phase::Dumping, _) => Holder::Either,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_images_that_hold_nothing_may_go() {
+        let record = |phase, image: Option<&str>| Record { phase, pid: 7, image: image.map(PathBuf::from) };
+        let image = Some("/images/7");
+        assert_eq!(what_holds(&record(Phase::Running, image)), Holder::Processes);
+        assert_eq!(what_holds(&record(Phase::Stopped, None)), Holder::Processes);
+        assert_eq!(what_holds(&record(Phase::Dumping, None)), Holder::Either);
+        assert_eq!(what_holds(&record(Phase::Checkpointed, None)), Holder::Either);
+        for phase in [Phase::Checkpointed, Phase::Restoring] {
+            assert_eq!(what_holds(&record(phase, image)), Holder::Image(&PathBuf::from("/images/7")));
+        }
+    }
 }
