@@ -123,6 +123,27 @@ fn containerd_learns_of_a_killed_shim_and_nothing_is_left_of_its_agent() {
 }
 
 #[test]
+fn the_image_of_a_wake_that_was_not_yet_filled_goes_with_the_shim() {
+    let (node, before) = fresh("lazy_restore_min_mib = 0\n");
+    let agent = run(&node, &python("a").env("BALLAST_MIB", &256));
+    let caught = (0..10).any(|_| {
+        agent.sleeps();
+        agentcube(&node, &["wake", "a"]).check().unwrap();
+        // Stopped, it cannot remove the image when the fill has ended.
+        node.sh(&format!("kill -STOP {}", agent.shim_pid())).unwrap();
+        let caught = !images(&node).is_empty();
+        if !caught {
+            node.sh(&format!("kill -CONT {}", agent.shim_pid())).unwrap();
+        }
+        caught
+    });
+    assert!(caught, "each fill was complete before the shim could be stopped");
+    kill_shim(&agent);
+    agent.agent.delete().unwrap();
+    node.wait_until_clean(&before, SOON).unwrap();
+}
+
+#[test]
 fn the_image_of_a_sleeper_whose_shim_was_killed_stays_and_the_log_names_it() {
     let (node, before) = fresh("");
     let agent = run(&node, &python("a"));
