@@ -126,19 +126,23 @@ fn containerd_learns_of_a_killed_shim_and_nothing_is_left_of_its_agent() {
 fn the_image_of_a_wake_that_was_not_yet_filled_goes_with_the_shim() {
     let (node, before) = fresh("lazy_restore_min_mib = 0\n");
     let agent = run(&node, &python("a").env("BALLAST_MIB", &256));
+    let shim = agent.shim_pid();
+    let signal = |name: &str| node.sh(&format!("kill -{name} {shim}")).unwrap();
     let caught = (0..10).any(|_| {
         agent.sleeps();
         agentcube(&node, &["wake", "a"]).check().unwrap();
         // Stopped, it cannot remove the image when the fill has ended.
-        node.sh(&format!("kill -STOP {}", agent.shim_pid())).unwrap();
+        signal("STOP");
         let caught = !images(&node).is_empty();
         if !caught {
-            node.sh(&format!("kill -CONT {}", agent.shim_pid())).unwrap();
+            signal("CONT");
         }
         caught
     });
     assert!(caught, "each fill was complete before the shim could be stopped");
-    kill_shim(&agent);
+    signal("KILL");
+    let stopped = || Ok(agent.agent.task()?.is_none_or(|(_, state)| state == "STOPPED"));
+    node.wait_until("containerd to notice", SOON, stopped).unwrap();
     agent.agent.delete().unwrap();
     node.wait_until_clean(&before, SOON).unwrap();
 }
