@@ -51,6 +51,8 @@ macro_rules! on_a_node {
 mod ahead;
 #[path = "live/fast.rs"]
 mod fast;
+#[path = "live/incremental.rs"]
+mod incremental;
 #[path = "live/kills.rs"]
 mod kills;
 #[path = "live/lazy.rs"]

@@ -411,6 +411,11 @@ fn prepare(job: &Job<'_>, plan: &Plan) -> Criu_req {
     opts.set_file_locks(options.file_locks);
     opts.set_link_remap(true);
     opts.set_ghost_limit(options.ghost_limit);
+    if writer.has_parent() {
+        opts.set_parent_img(image::FROM_IMAGES.to_owned());
+        // Without it CRIU links the parent and then writes everything all the same.
+        opts.set_track_mem(true);
+    }
     opts.ext_mnt = ext_mounts(plan.external_mounts(mounts));
     if let Some(network) = plan.network {
         opts.external.push(format!("net[{network}]:{NETWORK_KEY}"));

@@ -11,6 +11,7 @@ mod memory;
 mod mode;
 mod namespaces;
 mod oom;
+mod predump;
 mod restart;
 mod restore;
 mod rootfs;
@@ -28,6 +29,7 @@ pub use ahead::Spare;
 pub use dump::{DumpError, DumpOptions, DumpReport};
 pub use mode::ClassicReason;
 pub use namespaces::Kept;
+pub use predump::{PredumpError, PredumpReport};
 pub use restore::{Handover, InheritFd, RestoreError, RestoreOptions, Restored};
 pub use rootfs::RESTORE_ROOT;
 

@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Expected};
+use super::{Error, Expected, parent};
 
 /// The version of the manifest that this program writes, and the only one that it reads.
 pub const MANIFEST_VERSION: u32 = 2;
@@ -171,8 +171,7 @@ impl Manifest {
         let mut seen = HashSet::new();
         for file in &manifest.files {
             let name = &file.name;
-            let plain = !name.is_empty() && name.len() <= 255 && name != "." && name != "..";
-            if !plain || name.contains(['/', '\0']) {
+            if !parent::is_file_name(name) {
                 return Err(invalid(format!("{name:?} is not the name of a file")));
             }
             if !seen.insert(name) {

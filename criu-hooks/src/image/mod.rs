@@ -3,8 +3,9 @@
 //! ```text
 //! <root>/<namespace>/<container>/<generation>/
 //!     img/            what CRIU wrote
+//!     parent/         what CRIU wrote in advance, if it did
 //!     work/           CRIU's logs
-//!     manifest.json   written last: what is in img/, and whose it is
+//!     manifest.json   written last: what is in img/ and parent/, and whose it is
 //!     pages.sums      checksums of memory pages, computed while the agent sleeps
 //! ```
 //! CRIU trusts its images as it trusts its own program, so everything here is root's alone, is opened without
@@ -17,6 +18,7 @@ mod finish;
 mod manifest;
 mod maps;
 pub mod pagemap;
+mod parent;
 mod readahead;
 mod store;
 mod sums;
@@ -40,6 +42,7 @@ pub use manifest::{
     Facts, FileEntry, MANIFEST_VERSION, MAX_MANIFEST, Manifest, Mode, Outside, OutsideMount, Versions,
 };
 pub use maps::PageMaps;
+pub(crate) use parent::FROM_IMAGES;
 pub use readahead::{Part, Readahead};
 pub use store::Store;
 pub(crate) use sums::Claim;
@@ -128,7 +131,7 @@ impl Image {
         }
         self.verify_place()?;
         self.verify_manifest()?;
-        for name in directory::names(self.images.as_fd(), &self.path.join(IMAGES))? {
+        for name in parent::names(self.images.as_fd(), &self.path.join(IMAGES))? {
             if !self.manifest.files.iter().any(|file| file.name == name) {
                 return Err(Error::Unlisted { image: self.path.clone(), file: name });
             }

@@ -16,7 +16,9 @@ use rustix::{
 
 use super::{
     Error, Facts, FileEntry, IMAGES, Image, MANIFEST, MANIFEST_VERSION, MAX_MANIFEST, Manifest, PageMaps,
-    SPARE, WORK, digest_of, directory, manifest::is_pages,
+    SPARE, WORK, digest_of, directory,
+    manifest::is_pages,
+    parent::{self, PARENT},
 };
 
 /// The name of a manifest that is not yet whole.
@@ -103,6 +105,45 @@ impl ImageWriter {
     /// Where CRIU writes its logs.
     pub fn work_dir(&self) -> BorrowedFd<'_> {
         self.generation.work.as_fd()
+    }
+
+    /// Makes the directory of a parent, of what CRIU writes in advance; empty, whatever was there.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(crate) fn make_parent(&self) -> Result<OwnedFd, Error> {
+        self.remove_parent()?;
+        let made = directory::make(self.generation.directory.as_fd(), PARENT);
+        made.map_err(|error| Error::io("create", &self.path().join(PARENT), error.into()))
+    }
+
+    /// Removes the parent, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub(crate) fn remove_parent(&self) -> Result<(), Error> {
+        directory::remove_tree(self.generation.directory.as_fd(), PARENT, &self.path().join(PARENT))
+    }
+
+    /// Whether there is a parent.
+    pub(crate) fn has_parent(&self) -> bool {
+        directory::open(self.generation.directory.as_fd(), PARENT).is_ok()
+    }
+
+    /// The bytes of the parent's files.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub(crate) fn parent_bytes(&self) -> Result<u64, Error> {
+        let path = self.path().join(PARENT);
+        let fail = |error: Errno| Error::io("read", &path, error.into());
+        let directory = directory::open(self.generation.directory.as_fd(), PARENT).map_err(fail)?;
+        let mut sum = 0;
+        for name in directory::names(directory.as_fd(), &path)? {
+            let stat = rustix::fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
+            sum += u64::try_from(stat.st_size).unwrap_or_default();
+        }
+        Ok(sum)
     }
 
     /// Checks that there is still space beside the image.
@@ -247,7 +288,7 @@ impl Generation {
 
     fn files(&self) -> Result<Vec<FileEntry>, Error> {
         let path = self.path.join(IMAGES);
-        let mut names = directory::names(self.images.as_fd(), &path)?;
+        let mut names = parent::names(self.images.as_fd(), &path)?;
         names.sort();
         names.into_iter().map(|name| self.describe(name, &path)).collect()
     }

@@ -1,0 +1,192 @@
+//! Dumps whose memory was for the most part written in advance. They need a kernel that tracks which pages are written;
+//! `make test-vm` runs them on one.
+
+use sha2::{Digest, Sha256};
+
+use super::*;
+use criu_hooks::engine::{DumpReport, PredumpError, PredumpReport};
+
+const PAGE: usize = 4096;
+
+/// The pages that the program keeps changing: 16 MiB of them.
+const PAGES: usize = 4096;
+
+/// The pages that it writes in each of its steps.
+const WRITES: usize = 64;
+
+/// Fills each page with one number, then writes pages in an order that looks like chance. After each step it looks at
+/// every byte, and tells the digest of the pages' numbers, or that a page has more than one. [`Model`] has the numbers
+/// alone, and not the bytes, for an unoptimized test on an emulated machine has no time for them. Huge pages are kept out: a write to one marks 2 MiB as
+/// written.
+const WRITER: &str = "import hashlib, itertools, mmap, time
+PAGE, PAGES, WRITES = 4096, 4096, 64
+memory = mmap.mmap(-1, PAGE * PAGES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+memory[:] = b''.join((page + 1).to_bytes(8, 'little') * (PAGE // 8) for page in range(PAGES))
+for n in itertools.count(1):
+    x = n
+    for _ in range(WRITES):
+        x = (x * 6364136223846793005 + 1442695040888963407) & (2**64 - 1)
+        at = (x >> 33) % PAGES * PAGE
+        memory[at:at + PAGE] = x.to_bytes(8, 'little') * (PAGE // 8)
+    numbers = [memory[at:at + 8] for at in range(0, len(memory), PAGE)]
+    torn = [p for p, number in enumerate(numbers) if memory[p * PAGE:(p + 1) * PAGE] != number * (PAGE // 8)]
+    print(n, torn or hashlib.sha256(b''.join(numbers)).hexdigest(), flush=True)
+    time.sleep(0.02)";
+
+/// What the program's memory must be.
+struct Model {
+    /// The number in each page.
+    pages: Vec<u64>,
+    step: u64,
+}
+
+impl Model {
+    fn new() -> Model {
+        Model { pages: (1..=PAGES as u64).collect(), step: 0 }
+    }
+
+    /// Takes the next line of the program's output, which must be of the next step, and sees to it that every byte is
+    /// as it must be.
+    fn check(&mut self, line: &str) {
+        self.step += 1;
+        let mut x = self.step;
+        for _ in 0..WRITES {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            self.pages[usize::try_from(x >> 33).unwrap() % PAGES] = x;
+        }
+        let numbers: Vec<u8> = self.pages.iter().flat_map(|number| number.to_le_bytes()).collect();
+        let digest: String = Sha256::digest(&numbers).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(line, format!("{} {digest}", self.step));
+    }
+}
+
+async fn follow(agent: &mut Agent, model: &mut Model, steps: usize) {
+    for _ in 0..steps {
+        model.check(&agent.line().await);
+    }
+}
+
+/// A sleep with memory written in advance; the program runs a few steps more in between. `None` where the kernel does
+/// not track what is written: then it has slept without.
+async fn sleep(agent: &mut Agent, model: &mut Model) -> Option<(PredumpReport, DumpReport)> {
+    let writer = agent.store.begin(NAMESPACE, &agent.id, None).unwrap();
+    let options = DumpOptions::default();
+    let ahead = agent.engine.predump(&agent.container, agent.pid, &writer, &options).await;
+    let ahead = match ahead {
+        Ok(report) => {
+            agent.assert_running();
+            follow(agent, model, 2).await;
+            Some(report)
+        }
+        Err(why @ PredumpError::NotTracked) => {
+            eprintln!("skipped in part: {why}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let report =
+        agent.engine.dump(&agent.container, agent.pid, &writer, &options, &mut NoHooks).await.unwrap();
+    let report = agent.slept(report);
+    Some((ahead?, report))
+}
+
+/// The bytes of memory pages in the image, without its parent's.
+fn pages(agent: &Agent) -> u64 {
+    let image = agent.image();
+    let own = |name: &str| name.starts_with("pages-");
+    image.manifest().files.iter().filter(|file| own(&file.name)).map(|file| file.size).sum()
+}
+
+on_a_node!(incremental_images_hold_every_byte_over_many_generations, async || {
+    let args = ["python3", "-c", WRITER];
+    let mut agent = Agent::start("writer", &Setup { args: &args, whole_root: true, ..Setup::default() });
+    let mut model = Model::new();
+    follow(&mut agent, &mut model, 2).await;
+    let whole = agent.dump().await.unwrap();
+    let whole_pages = pages(&agent);
+    agent.restore().await.unwrap();
+    for generation in 0..4 {
+        follow(&mut agent, &mut model, 2).await;
+        if let Some((ahead, report)) = sleep(&mut agent, &mut model).await {
+            let own = pages(&agent);
+            println!(
+                "generation {generation}: {} bytes in {:?} ahead; stopped {:?} for {own} bytes of pages, whole: {:?} for {whole_pages}",
+                ahead.bytes, ahead.total, report.stopped, whole.stopped
+            );
+            assert!(ahead.bytes > (PAGE * PAGES) as u64);
+            assert_eq!(report.image_bytes, agent.image().bytes());
+            assert!(report.image_bytes > ahead.bytes + own);
+            // Steps that ran in between have written some, and the interpreter some of its own.
+            assert!(own < whole_pages / 2, "{own} of {whole_pages} bytes were written while it stood still");
+        }
+        agent.restore().await.unwrap();
+        agent.image().remove().unwrap();
+    }
+    follow(&mut agent, &mut model, 3).await;
+    assert_eq!(fs::read_dir("/run/images/test/writer").unwrap().count(), 1);
+    agent.delete();
+});
+
+on_a_node!(an_incremental_image_is_refused_when_a_file_of_its_parent_is_damaged, async || {
+    let args = ["python3", "-c", WRITER];
+    let mut agent = Agent::start("writer", &Setup { args: &args, whole_root: true, ..Setup::default() });
+    let mut model = Model::new();
+    follow(&mut agent, &mut model, 1).await;
+    if sleep(&mut agent, &mut model).await.is_none() {
+        agent.delete();
+        return;
+    }
+    let image = agent.image();
+    let parent = image.path().join("parent");
+    let names: Vec<_> = fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(names.len() > 2, "{names:?}");
+    for name in &names {
+        let named = format!("parent/{}", name.to_str().unwrap());
+        let away = image.path().join("away");
+        fs::rename(parent.join(name), &away).unwrap();
+        match agent.restore().await.unwrap_err() {
+            RestoreError::Image(image::Error::Missing { file, .. }) => assert_eq!(file, named),
+            other => panic!("{named}: {other}"),
+        }
+        let whole = fs::read(&away).unwrap();
+        fs::write(parent.join(name), &whole[..whole.len() / 2]).unwrap();
+        match agent.restore().await.unwrap_err() {
+            RestoreError::Image(image::Error::Truncated { file, .. }) => assert_eq!(file, named),
+            other => panic!("{named}: {other}"),
+        }
+        fs::rename(&away, parent.join(name)).unwrap();
+    }
+    let link = image.path().join("img/parent");
+    fs::remove_file(&link).unwrap();
+    assert!(matches!(agent.restore().await, Err(RestoreError::Image(image::Error::Missing { .. }))));
+    std::os::unix::fs::symlink("../work", &link).unwrap();
+    assert!(matches!(agent.restore().await, Err(RestoreError::Image(image::Error::Altered { .. }))));
+    fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink("../parent", &link).unwrap();
+    agent.restore().await.unwrap();
+    follow(&mut agent, &mut model, 2).await;
+    agent.delete();
+});
+
+on_a_node!(a_dump_given_up_after_writing_in_advance_leaves_the_agent_and_no_trace, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let last = agent.count_on(0, 5).await;
+    let writer = agent.store.begin(NAMESPACE, "counter", None).unwrap();
+    let options = DumpOptions::default();
+    match agent.engine.predump(&agent.container, agent.pid, &writer, &options).await {
+        Err(PredumpError::NotTracked) => eprintln!("skipped in part: {}", PredumpError::NotTracked),
+        other => drop(other.unwrap()),
+    }
+    let vetoed = agent.engine.dump(&agent.container, agent.pid, &writer, &options, &mut Veto).await;
+    assert!(matches!(vetoed, Err(DumpError::Vetoed(_))));
+    drop(writer);
+    assert_eq!(fs::read_dir("/run/images/test/counter").unwrap().count(), 0);
+    agent.assert_running();
+    let last = agent.count_on(last, 10).await;
+    // What the tracking of the first left in the kernel means nothing to the next.
+    agent.dump().await.unwrap();
+    agent.restore().await.unwrap();
+    agent.count_on(last, 10).await;
+    agent.delete();
+});
