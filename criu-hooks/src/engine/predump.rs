@@ -1,5 +1,6 @@
 //! Writing memory in advance, while the agent runs: the dump that follows writes only what has changed since, so that the
 //! agent stands still for less time. The kernel must track which pages are written ("soft-dirty"); many do not.
+//! A huge page counts as one: a write to it marks 2 MiB.
 //!
 //! What was written in advance is the parent of the image that follows, and part of its generation. A failure leaves no
 //! parent: the dump is then a whole one.

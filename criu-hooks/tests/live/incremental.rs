@@ -16,8 +16,8 @@ const WRITES: usize = 64;
 
 /// Fills each page with one number, then writes pages in an order that looks like chance. After each step it looks at
 /// every byte, and tells the digest of the pages' numbers, or that a page has more than one. [`Model`] has the numbers
-/// alone, and not the bytes, for an unoptimized test on an emulated machine has no time for them. Huge pages are kept out: a write to one marks 2 MiB as
-/// written.
+/// alone: an unoptimized test on an emulated machine has no time for the bytes. Huge pages are kept out, because a
+/// write to one marks 2 MiB as written.
 const WRITER: &str = "import hashlib, itertools, mmap, time
 PAGE, PAGES, WRITES = 4096, 4096, 64
 memory = mmap.mmap(-1, PAGE * PAGES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
