@@ -12,14 +12,14 @@ const PAGE: usize = 4096;
 const PAGES: usize = 4096;
 
 /// The pages that it writes in each of its steps.
-const WRITES: usize = 64;
+const WRITES: usize = 16;
 
 /// Fills each page with one number, then writes pages in an order that looks like chance. After each step it looks at
 /// every byte, and tells the digest of the pages' numbers, or that a page has more than one. [`Model`] has the numbers
 /// alone: an unoptimized test on an emulated machine has no time for the bytes. Huge pages are kept out, because a
 /// write to one marks 2 MiB as written.
 const WRITER: &str = "import hashlib, itertools, mmap, time
-PAGE, PAGES, WRITES = 4096, 4096, 64
+PAGE, PAGES, WRITES = 4096, 4096, 16
 memory = mmap.mmap(-1, PAGE * PAGES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 memory.madvise(mmap.MADV_NOHUGEPAGE)
 memory[:] = b''.join((page + 1).to_bytes(8, 'little') * (PAGE // 8) for page in range(PAGES))
@@ -32,7 +32,7 @@ for n in itertools.count(1):
     numbers = [memory[at:at + 8] for at in range(0, len(memory), PAGE)]
     torn = [p for p, number in enumerate(numbers) if memory[p * PAGE:(p + 1) * PAGE] != number * (PAGE // 8)]
     print(n, torn or hashlib.sha256(b''.join(numbers)).hexdigest(), flush=True)
-    time.sleep(0.02)";
+    time.sleep(0.2)";
 
 /// What the program's memory must be.
 struct Model {
