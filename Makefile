@@ -87,6 +87,7 @@ test-vm: setup
 	@echo "Tests in virtual machines: without KVM they are emulated, and this takes minutes."
 	$(IN_VM) --test state limits_
 	$(IN_VM) --test live -- incremental a_counter_goes_on_over_five_cycles runc_works_on_a_restored_container
+	$(IN_VM) --test fast memory_is_written_in_advance
 	$(IN_VM) --test limits
 else
 test-vm:

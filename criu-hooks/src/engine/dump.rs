@@ -21,7 +21,7 @@ use super::{
     memory::{self, Memory},
     mode::{ClassicReason, Look},
     namespaces::{self, Kept, Kind},
-    request, restart,
+    predump, request, restart,
 };
 use crate::{
     cgroup::{self, Cgroup},
@@ -166,7 +166,13 @@ impl Engine {
         let mut frozen = started;
         if let Err(error) = self.freeze_and_dump(&mut attempt, &job, hooks, &mut frozen, &mut report).await {
             match attempt.settle().await {
-                End::RunsOn => return Err(error),
+                End::RunsOn => {
+                    // As for a second try, should the caller make one.
+                    if let Err(error) = writer.remove_parent() {
+                        tracing::warn!(%error, "what was written in advance stays for now");
+                    }
+                    return Err(error);
+                }
                 End::Dead => tracing::warn!(%error, "CRIU failed while it killed what it had dumped"),
             }
         }
@@ -210,6 +216,8 @@ impl Engine {
             };
             tracing::warn!(container = container.id, %error, "the dump is tried again outside the container's namespaces");
             writer.clear()?;
+            // CRIU has forgotten what was written since: to this dump all would be as in the parent.
+            writer.remove_parent()?;
             report.classic_because = Some(ClassicReason::Failed(error.to_string()));
         }
         self.try_dump(attempt, job, Mode::Classic, hooks, *frozen, report).await
@@ -542,6 +550,11 @@ impl Notify<'_> {
             source,
         })?;
         tracing::debug!(again, "system calls that go on after the restore");
+        if self.writer.has_parent()
+            && let Err(error) = predump::let_parent_be_lazy(self.writer)
+        {
+            tracing::warn!(%error, "what was written in advance will be restored before the agent runs");
+        }
         let mut facts = self.facts.clone();
         facts.stopped_us = u64::try_from(self.frozen.elapsed().as_micros()).unwrap_or(u64::MAX);
         ghosts::check(self.writer.images_dir()).await.map_err(DumpError::Files)?;

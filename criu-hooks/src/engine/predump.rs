@@ -6,17 +6,21 @@
 //! parent: the dump is then a whole one.
 
 use std::{
+    io::{self, Read},
     os::fd::AsRawFd,
     time::{Duration, Instant},
 };
 
-use rustix::process::Pid;
+use rustix::{fs::OFlags, process::Pid};
 
-use super::{DEATH_TIMEOUT, DumpOptions, Engine, Failure, request};
+use super::{DEATH_TIMEOUT, DumpOptions, Engine, Failure, request, restart};
 use crate::{
     container::{self, Blocker, Container},
     criu::{Launch, NoHooks, Session, rpc::Criu_req_type},
-    image::{self, ImageWriter},
+    image::{
+        self, ImageWriter,
+        pagemap::{self, Pagemap, PagemapError},
+    },
     preflight::{self, Preflight},
 };
 
@@ -37,6 +41,9 @@ pub enum PredumpError {
     /// The kernel does not tell which pages were written.
     #[error("this kernel does not track which pages are written (CONFIG_MEM_SOFT_DIRTY)")]
     NotTracked,
+    /// A process has its own use for what the kernel notes of written pages, and would make CRIU miss some.
+    #[error("process {0} resets by itself which pages count as written (/proc/PID/clear_refs is open)")]
+    OwnTracking(Pid),
     /// CRIU could not be asked whether it does.
     #[error(transparent)]
     Preflight(#[from] preflight::Error),
@@ -78,6 +85,15 @@ impl Engine {
         let blockers = container.blockers(init)?;
         if !blockers.is_empty() {
             return Err(PredumpError::Blocked(blockers));
+        }
+        if let Some(pid) = container
+            .cgroup
+            .procs()
+            .map_err(container::Error::from)?
+            .into_iter()
+            .find(|pid| tracks_itself(*pid))
+        {
+            return Err(PredumpError::OwnTracking(pid));
         }
         match self.write_parent(init, writer, options).await {
             Ok(bytes) => Ok(PredumpReport { total: started.elapsed(), bytes }),
@@ -126,6 +142,38 @@ impl Engine {
         }
         Ok(writer.parent_bytes()?)
     }
+}
+
+/// Whether a process keeps the file open by which written pages are counted anew, as some garbage collectors do.
+fn tracks_itself(pid: Pid) -> bool {
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let mut files = descriptors.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    files.any(|file| file.file_name().is_some_and(|name| name == "clear_refs"))
+}
+
+/// Lets a pager serve pages of the parent, too: CRIU marks only those that it writes itself, and would restore all others
+/// before the agent runs.
+pub(super) fn let_parent_be_lazy(writer: &ImageWriter) -> io::Result<()> {
+    let images = writer.images_dir();
+    let names = writer.names().map_err(io::Error::other)?;
+    let Some(stacks) = restart::stacks(images, &names)? else { return Ok(()) };
+    let maps = names.iter().filter(|name| name.starts_with("pagemap-"));
+    for name in maps.filter(|name| !name.starts_with("pagemap-shmem-")) {
+        let mut bytes = Vec::new();
+        let file = restart::open(images, name, OFlags::RDWR)?;
+        (&file).take(pagemap::MAX_PAGEMAP).read_to_end(&mut bytes)?;
+        let parent = match Pagemap::read(images, &image::name_in_parent(name)) {
+            Ok(parent) => parent,
+            // A process that was not there yet.
+            Err(PagemapError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(io::Error::other(error)),
+        };
+        let marked = pagemap::with_lazy_parent(&bytes, &parent, &stacks).map_err(io::Error::other)?;
+        if let Some(marked) = marked {
+            restart::replace(&file, &marked)?;
+        }
+    }
+    Ok(())
 }
 
 /// A CRIU that may hold processes in its grip: it is never killed before it has let go of them, not even when nobody

@@ -33,6 +33,7 @@ mod field {
     pub const ORIG_AX: u32 = 16;
     pub const IP: u32 = 17;
     pub const CS: u32 = 18;
+    pub const SP: u32 = 20;
 }
 
 /// System calls of x86-64.
@@ -65,6 +66,39 @@ pub(super) fn let_calls_go_on(images: BorrowedFd<'_>, work: BorrowedFd<'_>, log:
     Ok(changed)
 }
 
+/// Where the stacks of the threads end whose images are in `images`; none when an image is not as known.
+pub(super) fn stacks(images: BorrowedFd<'_>, names: &[String]) -> io::Result<Option<Vec<u64>>> {
+    let threads = names.iter().filter(|name| name.starts_with("core-"));
+    let stack = |name: &String| Ok(stack_of(&read(&open(images, name, OFlags::RDONLY)?)?));
+    threads.map(stack).collect()
+}
+
+/// The stack pointer in the image of a thread.
+fn stack_of(image: &[u8]) -> Option<u64> {
+    let word = |at: usize| Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?));
+    if [word(0)?, word(4)?] != MAGIC {
+        return None;
+    }
+    let core = image.get(12..)?.get(..usize::try_from(word(8)?).ok()?)?;
+    let mut stack = None;
+    // Nothing is changed: this is how a part of a part is found.
+    let mut look = |registers: &[u8]| {
+        let mut input = CodedInputStream::from_bytes(registers);
+        while let Some(tag) = input.read_raw_tag_or_eof().ok()? {
+            if tag & 7 != 0 {
+                return None;
+            }
+            let value = input.read_raw_varint64().ok()?;
+            if tag >> 3 == field::SP {
+                stack = Some(value);
+            }
+        }
+        None
+    };
+    with_part(core, X86, |x86| with_part(x86, REGISTERS, &mut look));
+    stack
+}
+
 /// The threads whose calls were interrupted, by their ids here.
 fn interrupted(log: &str) -> impl Iterator<Item = u32> {
     log.lines().filter_map(|line| {
@@ -80,7 +114,7 @@ fn id_inside(thread: u32) -> Option<u32> {
     ids.split_whitespace().next_back()?.parse().ok()
 }
 
-fn open(directory: BorrowedFd<'_>, name: &str, flags: OFlags) -> io::Result<File> {
+pub(super) fn open(directory: BorrowedFd<'_>, name: &str, flags: OFlags) -> io::Result<File> {
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(directory, name, flags, Mode::empty())?.into())
 }
@@ -92,7 +126,7 @@ fn read(file: &File) -> io::Result<Vec<u8>> {
 }
 
 /// Replaces a file's contents. When that fails the dump must: half an image is none.
-fn replace(mut file: &File, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn replace(mut file: &File, bytes: &[u8]) -> io::Result<()> {
     rustix::fs::seek(file, rustix::fs::SeekFrom::Start(0))?;
     file.set_len(0)?;
     file.write_all(bytes)
@@ -298,6 +332,15 @@ mod tests {
                    Warn  (compel/arch/x86/src/lib/infect.c:419): Will restore 72 with interrupted system call\n\
                    Warn  (compel/arch/x86/src/lib/infect.c:419): Will restore x with interrupted system call\n";
         assert_eq!(interrupted(log).collect::<Vec<_>>(), [72]);
+    }
+
+    #[test]
+    fn the_stack_is_found() {
+        let mut registers = sleeping();
+        registers[field::SP as usize - 1].1 = 0x7ffc_1234_5678;
+        assert_eq!(stack_of(&image(&registers)), Some(0x7ffc_1234_5678));
+        assert_eq!(stack_of(&image(&registers)[..40]), None);
+        assert_eq!(stack_of(b"nonsense"), None);
     }
 
     proptest! {

@@ -15,8 +15,9 @@ use tokio::task::JoinHandle;
 
 use super::{
     Error, IMAGES, Image, PageSums, directory,
-    manifest::is_pagemap,
-    pagemap::{PAGE, Pagemap},
+    manifest::{OF_PARENT, is_pagemap, pages_name},
+    pagemap::{Entry, PAGE, Pagemap},
+    parent::is_of_parent,
 };
 
 /// What one thread takes at a time, in bytes.
@@ -119,7 +120,7 @@ impl Image {
     }
 
     fn check_extent(&self, sums: &PageSums, extent: Extent, buffer: &mut [u8]) -> Result<(), Error> {
-        let name = format!("pages-{}.img", extent.number);
+        let name = pages_name(extent.number);
         let path = self.path.join(IMAGES).join(&name);
         let opened = directory::open_file(self.images.as_fd(), &name);
         let file = File::from(opened.map_err(|error| Error::io("open", &path, error.into()))?);
@@ -136,13 +137,23 @@ impl Image {
     /// What CRIU reads when private anonymous memory is left to others.
     fn eager(&self) -> Result<Vec<Extent>, Error> {
         let mut extents = Vec::new();
-        for file in self.manifest.files.iter().filter(|file| is_pagemap(&file.name)) {
-            let map = self.pagemap(&file.name)?;
+        let mut add = |number, entry: &Entry| {
+            if let Some(position) = entry.position {
+                let start = position.saturating_mul(PAGE);
+                let end = start.saturating_add(entry.pages.saturating_mul(PAGE));
+                extents.push(Extent { number, start, end });
+            }
+        };
+        let names = self.manifest.files.iter().map(|file| file.name.as_str());
+        for name in names.filter(|name| is_pagemap(name) && !is_of_parent(name)) {
+            let (map, parent) = self.pagemap_and_parent(name)?;
             for entry in map.entries.iter().filter(|entry| !entry.lazy) {
-                if let Some(position) = entry.position {
-                    let start = position.saturating_mul(PAGE);
-                    let end = start.saturating_add(entry.pages.saturating_mul(PAGE));
-                    extents.push(Extent { number: map.pages_id, start, end });
+                add(map.pages_id, entry);
+                let parent = parent.as_ref().filter(|_| entry.in_parent);
+                for (parent, piece) in
+                    parent.iter().flat_map(|parent| parent.within(entry).map(move |piece| (parent, piece)))
+                {
+                    add(parent.pages_id | OF_PARENT, &piece);
                 }
             }
         }

@@ -30,6 +30,7 @@ use tokio::sync::oneshot;
 
 use super::{
     Error, IMAGES, Image,
+    manifest::pages_name,
     sums::{BLOCK, FileSums, Owner, SUMS, sum_of},
 };
 
@@ -192,7 +193,7 @@ impl Work {
     }
 
     fn open(&self, number: u32) -> io::Result<File> {
-        let name = format!("pages-{number}.img");
+        let name = pages_name(number);
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(&self.images, name, flags, Mode::empty())?.into())
     }

@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Expected, parent};
+use super::{Error, Expected, pagemap::Pagemap, parent};
 
 /// The version of the manifest that this program writes, and the only one that it reads.
 pub const MANIFEST_VERSION: u32 = 2;
@@ -200,10 +200,32 @@ impl Manifest {
     }
 }
 
-/// The number of the file `name`, when CRIU keeps memory pages in it.
+/// Added to the number of a pages file of the parent: CRIU counts in each directory from 1 on.
+pub(super) const OF_PARENT: u32 = 1 << 31;
+
+/// The number of the file `name`, when CRIU keeps memory pages in it; no two files of an image have the same.
 pub(super) fn pages_number(name: &str) -> Option<u32> {
-    let number = name.strip_prefix("pages-")?.strip_suffix(".img")?;
-    number.parse().ok().filter(|parsed: &u32| parsed.to_string() == number)
+    let own = parent::own_name(name);
+    let number = own.strip_prefix("pages-")?.strip_suffix(".img")?;
+    let parsed =
+        number.parse().ok().filter(|parsed: &u32| parsed.to_string() == number && *parsed < OF_PARENT)?;
+    Some(if parent::is_of_parent(name) { parsed | OF_PARENT } else { parsed })
+}
+
+/// The number of the pages file of the page map `name`.
+pub(super) fn number_beside(name: &str, map: &Pagemap) -> u32 {
+    if parent::is_of_parent(name) { map.pages_id | OF_PARENT } else { map.pages_id }
+}
+
+/// The number among all pages files of an image of that which the parent counts as `number`.
+pub(crate) fn number_in_parent(number: u32) -> u32 {
+    number | OF_PARENT
+}
+
+/// The name of the pages file with this number.
+pub(super) fn pages_name(number: u32) -> String {
+    let name = format!("pages-{}.img", number & !OF_PARENT);
+    if number & OF_PARENT == 0 { name } else { parent::name_in(&name) }
 }
 
 /// Whether CRIU keeps memory pages in the file `name`.
@@ -213,5 +235,5 @@ pub(super) fn is_pages(name: &str) -> bool {
 
 /// Whether the file `name` says where memory pages belong: of a process, or of shared memory.
 pub(super) fn is_pagemap(name: &str) -> bool {
-    name.strip_prefix("pagemap-").is_some_and(|rest| rest.strip_suffix(".img").is_some())
+    parent::own_name(name).strip_prefix("pagemap-").is_some_and(|rest| rest.strip_suffix(".img").is_some())
 }

@@ -4,7 +4,7 @@ use std::{collections::HashSet, os::fd::BorrowedFd, path::Path};
 
 use super::{
     Error, FileEntry,
-    manifest::is_pagemap,
+    manifest::{is_pagemap, number_beside, pages_name},
     pagemap::{PAGE, Pagemap},
 };
 
@@ -24,14 +24,15 @@ impl PageMaps {
                 Ok(map) => map,
                 Err(source) => return Err(Error::Pagemap { image, file, source }),
             };
-            let pages = map.pages_name();
+            let number = number_beside(name, &map);
+            let pages = pages_name(number);
             let bytes = files.iter().find(|file| file.name == pages).map(|file| file.size);
             let why = match bytes {
                 None => "is not there",
                 Some(bytes) if map.present().checked_mul(PAGE) != Some(bytes) => {
                     "has not as many pages as it says"
                 }
-                Some(_) if !taken.insert(map.pages_id) => "belongs to another page map",
+                Some(_) if !taken.insert(number) => "belongs to another page map",
                 Some(_) => {
                     maps.push((file, map));
                     continue;

@@ -38,11 +38,13 @@ use sha2::{Digest, Sha256};
 pub use check::{PageCheck, Pages};
 pub use error::Error;
 pub use finish::Finished;
+pub(crate) use manifest::number_in_parent;
 pub use manifest::{
     Facts, FileEntry, MANIFEST_VERSION, MAX_MANIFEST, Manifest, Mode, Outside, OutsideMount, Versions,
 };
 pub use maps::PageMaps;
-pub(crate) use parent::FROM_IMAGES;
+use pagemap::Pagemap;
+pub(crate) use parent::{FROM_IMAGES, name_in as name_in_parent};
 pub use readahead::{Part, Readahead};
 pub use store::Store;
 pub(crate) use sums::Claim;
@@ -171,6 +173,14 @@ impl Image {
             Some(_) => Err(Error::Altered { image: self.path.clone(), file: MANIFEST.to_owned() }),
             None => Err(Error::Missing { image: self.path.clone(), file: MANIFEST.to_owned() }),
         }
+    }
+
+    /// Reads the page map `name`, and that of the parent when pages are there.
+    fn pagemap_and_parent(&self, name: &str) -> Result<(Pagemap, Option<Pagemap>), Error> {
+        let map = self.pagemap(name)?;
+        let in_parent = map.entries.iter().any(|entry| entry.in_parent);
+        let parent = in_parent.then(|| self.pagemap(&parent::name_in(name))).transpose()?;
+        Ok((map, parent))
     }
 
     fn verify_file(&self, entry: &FileEntry) -> Result<(), Error> {

@@ -111,6 +111,22 @@ impl Pagemap {
         self.entries.iter().filter(|entry| entry.position.is_some()).map(|entry| entry.pages).sum()
     }
 
+    /// What this map says of the pages of `entry`, an entry of another map: the parts of its own entries, in order.
+    pub fn within(&self, entry: &Entry) -> impl Iterator<Item = Entry> {
+        let (start, end) = (entry.start, entry.end());
+        let first = self.entries.partition_point(|own| own.end() <= start);
+        self.entries[first..].iter().take_while(move |own| own.start < end).map(move |own| {
+            let from = own.start.max(start);
+            let skipped = (from - own.start) / PAGE;
+            Entry {
+                start: from,
+                pages: (own.end().min(end) - from) / PAGE,
+                position: own.position.map(|position| position + skipped),
+                ..*own
+            }
+        })
+    }
+
     /// How many pages may be restored after the process has started.
     pub fn lazy(&self) -> u64 {
         self.entries.iter().filter(|entry| entry.lazy).map(|entry| entry.pages).sum()
@@ -167,6 +183,77 @@ impl Pagemap {
         let (needed, held) = (self.present(), bytes / PAGE);
         if needed > held { Err(PagemapError::TooFewPages { needed, held }) } else { Ok(()) }
     }
+}
+
+/// The page map `bytes` with the pages that are in `parent` marked as lazy where they are lazy there, but for those at
+/// the addresses `kept`; none when nothing changes. CRIU marks only pages that it writes itself.
+pub(crate) fn with_lazy_parent(
+    bytes: &[u8],
+    parent: &Pagemap,
+    kept: &[u64],
+) -> Result<Option<Vec<u8>>, PagemapError> {
+    let map = Pagemap::parse(bytes)?;
+    let mut entries = Vec::with_capacity(map.entries.len());
+    for entry in &map.entries {
+        if !entry.in_parent || entry.lazy {
+            entries.push(*entry);
+            continue;
+        }
+        let mut next = entry.start;
+        let mut push = |start: u64, end: u64, lazy| {
+            if start < end {
+                entries.push(Entry { start, pages: (end - start) / PAGE, lazy, ..*entry });
+            }
+        };
+        for piece in parent.within(entry).filter(|piece| piece.lazy && piece.position.is_some()) {
+            push(next, piece.start, false);
+            next = piece.start;
+            let mut stacks: Vec<u64> = kept.iter().map(|address| address / PAGE * PAGE).collect();
+            stacks.retain(|page| (piece.start..piece.end()).contains(page));
+            stacks.sort_unstable();
+            stacks.dedup();
+            for page in stacks {
+                push(next, page, true);
+                push(page, page + PAGE, false);
+                next = page + PAGE;
+            }
+            push(next, piece.end(), true);
+            next = piece.end();
+        }
+        push(next, entry.end(), false);
+    }
+    if entries == map.entries {
+        return Ok(None);
+    }
+    Ok(Some(encode(bytes, &entries)))
+}
+
+/// The page map of which `bytes` is an older version, with these entries.
+fn encode(bytes: &[u8], entries: &[Entry]) -> Vec<u8> {
+    // The magic numbers and the head stay as they are: both were read.
+    let head = bytes.get(8..12).map_or(0, |word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]));
+    let mut encoded = bytes[..12 + head as usize].to_vec();
+    for entry in entries {
+        let mut flags = if entry.in_parent { flag::PARENT } else { flag::PRESENT };
+        if entry.lazy {
+            flags |= flag::LAZY;
+        }
+        // The old field for the number of pages is a required one.
+        let fields =
+            [(1, entry.start), (2, entry.pages & u64::from(u32::MAX)), (4, flags.into()), (5, entry.pages)];
+        let mut message = Vec::with_capacity(MAX_RECORD);
+        for (field, mut value) in fields {
+            message.push(field << 3);
+            while value > 0x7f {
+                message.push(value.to_le_bytes()[0] | 0x80);
+                value >>= 7;
+            }
+            message.push(value.to_le_bytes()[0]);
+        }
+        encoded.extend(u32::try_from(message.len()).unwrap_or_default().to_le_bytes());
+        encoded.extend(message);
+    }
+    encoded
 }
 
 /// Walks over the records.
@@ -361,6 +448,33 @@ pub(crate) mod tests {
         assert!(why(&whole[..whole.len() - 1]).contains("ends within"));
     }
 
+    /// Of (address, pages, flags), as [`pagemap`] takes them.
+    fn flags_of(bytes: &[u8]) -> Vec<(u64, u64, bool, bool)> {
+        let entries = Pagemap::parse(bytes).unwrap().entries;
+        entries.iter().map(|entry| (entry.start, entry.pages, entry.in_parent, entry.lazy)).collect()
+    }
+
+    #[test]
+    fn pages_of_the_parent_are_lazy_where_they_are_there_but_for_stacks() {
+        let parent = Pagemap::parse(&pagemap(&[(0x1000, 4, 6), (0x5000, 2, 4), (0x7000, 9, 6)])).unwrap();
+        let own = pagemap(&[(0x2000, 12, 1), (0x20000, 1, 6)]);
+        let changed = with_lazy_parent(&own, &parent, &[0x3ff8, 0x3000, 0x90_0000]).unwrap().unwrap();
+        assert_eq!(
+            flags_of(&changed),
+            [
+                (0x2000, 1, true, true),
+                (0x3000, 1, true, false),
+                (0x4000, 1, true, true),
+                (0x5000, 2, true, false),
+                (0x7000, 7, true, true),
+                (0x20000, 1, false, true),
+            ]
+        );
+        assert_eq!(with_lazy_parent(&changed, &parent, &[0x3000]).unwrap(), None);
+        let none = Pagemap::parse(&pagemap(&[])).unwrap();
+        assert_eq!(with_lazy_parent(&own, &none, &[]).unwrap(), None);
+    }
+
     fn entries() -> impl Strategy<Value = Vec<(u64, u64, u64)>> {
         prop::collection::vec((0u64..9, 1u64..9, prop::sample::select(vec![1u64, 4, 6])), 0..20).prop_map(
             |gaps| {
@@ -383,6 +497,29 @@ pub(crate) mod tests {
             let read: Vec<_> = map.entries.iter().map(|entry| (entry.start, entry.pages)).collect();
             let written: Vec<_> = entries.iter().map(|(start, pages, _)| (*start, *pages)).collect();
             prop_assert_eq!(read, written);
+        }
+
+        /// Marking changes no page and no place, whatever the two maps are.
+        #[test]
+        fn marking_lazy_pages_keeps_every_page(own in entries(), parent in entries(), kept: Vec<u64>) {
+            let bytes = pagemap(&own);
+            let parent = Pagemap::parse(&pagemap(&parent)).unwrap();
+            let pages = |bytes: &[u8]| {
+                let map = Pagemap::parse(bytes).unwrap();
+                let pages = |entry: &Entry| {
+                    let (start, in_parent, position) = (entry.start, entry.in_parent, entry.position);
+                    (0..entry.pages).map(move |page| (start + page * PAGE, in_parent, position.map(|of| of + page))).collect::<Vec<_>>()
+                };
+                (map.pages_id, map.entries.iter().flat_map(pages).collect::<Vec<_>>())
+            };
+            if let Some(changed) = with_lazy_parent(&bytes, &parent, &kept).unwrap() {
+                prop_assert_eq!(pages(&changed), pages(&bytes));
+                let lazy = Pagemap::parse(&changed).unwrap();
+                for entry in lazy.entries.iter().filter(|entry| entry.in_parent && entry.lazy) {
+                    prop_assert!(parent.within(entry).all(|piece| piece.lazy));
+                    prop_assert_eq!(parent.within(entry).map(|piece| piece.pages).sum::<u64>(), entry.pages);
+                }
+            }
         }
 
         /// Whatever a file holds: an error, or entries in order whose pages follow one another.

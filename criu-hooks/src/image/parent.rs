@@ -34,6 +34,16 @@ pub(super) fn own_name(name: &str) -> &str {
     name.strip_prefix(PARENT).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name)
 }
 
+/// The name of the parent's file `name` in the manifest, and seen from the image's directory.
+pub(crate) fn name_in(name: &str) -> String {
+    format!("{PARENT}/{name}")
+}
+
+/// Whether this is the name of a file of the parent.
+pub(super) fn is_of_parent(name: &str) -> bool {
+    own_name(name).len() < name.len()
+}
+
 /// The names of all files of an image, its parent's included. They can be opened from `images`, as CRIU opens them.
 /// `path` is that of `images`.
 pub(super) fn names(images: BorrowedFd<'_>, path: &Path) -> Result<Vec<String>, Error> {
@@ -59,7 +69,7 @@ pub(super) fn names(images: BorrowedFd<'_>, path: &Path) -> Result<Vec<String>, 
         return Err(altered());
     }
     let inside = directory::names(parent.as_fd(), &path.join(PARENT))?;
-    names.extend(inside.into_iter().map(|name| format!("{PARENT}/{name}")));
+    names.extend(inside.iter().map(|name| name_in(name)));
     Ok(names)
 }
 

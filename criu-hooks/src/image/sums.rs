@@ -19,7 +19,10 @@ use std::{fs::File, io::Read, os::fd::AsFd, path::PathBuf};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Error, Image, Manifest, directory, manifest::pages_number};
+use super::{
+    Error, Image, Manifest, directory,
+    manifest::{pages_name, pages_number},
+};
 
 /// The name of the file.
 pub(super) const SUMS: &str = "pages.sums";
@@ -203,11 +206,8 @@ impl PageSums {
     /// # Errors
     /// [`Error::PageAltered`] with the first block that differs; also for bytes that the file never had.
     pub fn check(&self, number: u32, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        let altered = |offset| Error::PageAltered {
-            image: self.image.clone(),
-            file: format!("pages-{number}.img"),
-            offset,
-        };
+        let altered =
+            |offset| Error::PageAltered { image: self.image.clone(), file: pages_name(number), offset };
         let file = self.files.iter().find(|file| file.number == number).ok_or_else(|| altered(offset))?;
         let end = offset.saturating_add(bytes.len() as u64);
         let whole = offset.is_multiple_of(BLOCK)

@@ -107,6 +107,14 @@ impl ImageWriter {
         self.generation.work.as_fd()
     }
 
+    /// The names of CRIU's files so far.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub(crate) fn names(&self) -> Result<Vec<String>, Error> {
+        directory::names(self.images_dir(), &self.path().join(IMAGES))
+    }
+
     /// Makes the directory of a parent, of what CRIU writes in advance; empty, whatever was there.
     ///
     /// # Errors

@@ -25,9 +25,6 @@ pub enum Eager {
         /// The bytes from which on it is lazy.
         least: u64,
     },
-    /// Lazy pages are in a parent image.
-    #[error("lazy pages are in a parent image")]
-    Parent,
     /// The memory would not fit: better the restore fails than the agent that runs.
     #[error(
         "the memory of the image, {bytes} bytes, and a sixteenth more are over the {limit} that limits leave free"
@@ -53,8 +50,6 @@ struct Amount {
     pages: u64,
     /// Pages that may come later.
     lazy: u64,
-    /// Some of these are in a parent image.
-    in_parent: bool,
 }
 
 impl Amount {
@@ -62,7 +57,6 @@ impl Amount {
         maps.into_iter().flat_map(|map| &map.entries).fold(Amount::default(), |sum, entry| Amount {
             pages: sum.pages + entry.pages,
             lazy: sum.lazy + if entry.lazy { entry.pages } else { 0 },
-            in_parent: sum.in_parent || (entry.lazy && entry.in_parent),
         })
     }
 }
@@ -72,9 +66,6 @@ fn decide(amount: Amount, least: u64, limit: Option<u64>) -> Result<(), Eager> {
     let (bytes, all) = (amount.lazy * PAGE, amount.pages * PAGE);
     if bytes == 0 || bytes < least {
         return Err(Eager::Small { bytes, least });
-    }
-    if amount.in_parent {
-        return Err(Eager::Parent);
     }
     match limit {
         // CRIU, page tables and what the agent takes meanwhile come on top.
@@ -123,20 +114,19 @@ mod tests {
             Pagemap::parse(&pagemap(&[(0x1000, 10, 6), (0x20000, 5, 4)])).unwrap(),
             Pagemap::parse(&pagemap(&[(0x1000, 7, 6), (0x20000, 5, 1)])).unwrap(),
         ];
-        assert_eq!(Amount::of(&maps), Amount { pages: 27, lazy: 17, in_parent: false });
-        let parent = Pagemap::parse(&pagemap(&[(0x1000, 10, 3)])).unwrap();
-        assert!(Amount::of([&parent]).in_parent);
+        assert_eq!(Amount::of(&maps), Amount { pages: 27, lazy: 17 });
+        let parent = Pagemap::parse(&pagemap(&[(0x1000, 10, 3), (0x20000, 5, 1)])).unwrap();
+        assert_eq!(Amount::of([&parent]), Amount { pages: 15, lazy: 10 });
     }
 
     #[test]
     fn lazy_only_where_it_gains_and_fits() {
-        let amount = Amount { pages: 2000, lazy: 1000, in_parent: false };
+        let amount = Amount { pages: 2000, lazy: 1000 };
         assert!(decide(amount, 1000 * PAGE, None).is_ok());
         assert!(matches!(decide(amount, 1001 * PAGE, None), Err(Eager::Small { .. })));
         assert!(matches!(decide(Amount::default(), 0, None), Err(Eager::Small { bytes: 0, .. })));
         assert!(decide(amount, 0, Some(2125 * PAGE)).is_ok());
         assert!(matches!(decide(amount, 0, Some(2125 * PAGE - 1)), Err(Eager::Limit { .. })));
-        assert!(matches!(decide(Amount { in_parent: true, ..amount }, 0, None), Err(Eager::Parent)));
     }
 
     #[test]

@@ -16,8 +16,8 @@ use rustix::{
 
 use super::space::{Run, Space};
 use crate::image::{
-    self, PageSums,
-    pagemap::{PAGE, Pagemap, PagemapError},
+    self, PageSums, name_in_parent, number_in_parent,
+    pagemap::{Entry, PAGE, Pagemap, PagemapError},
 };
 
 /// Why pages cannot be had.
@@ -35,6 +35,14 @@ pub enum SourceError {
         file: String,
         /// Why.
         source: io::Error,
+    },
+    /// A page map and its parent do not fit.
+    #[error(
+        "page {address:#x} is in the parent by the page map, but the parent does not have it to be served"
+    )]
+    NotInParent {
+        /// Its address at the dump.
+        address: u64,
     },
     /// The pages file has become shorter.
     #[error("{file} ends before its page {page}")]
@@ -63,18 +71,44 @@ struct Segment {
     address: u64,
     /// The number of the first among all lazy pages of the process.
     source: u64,
+    /// Whether they are in the parent's file.
+    in_parent: bool,
     /// The number of the first among all pages of the file.
     position: u64,
     pages: u64,
 }
 
+/// A file of pages.
+#[derive(Debug)]
+struct PagesFile {
+    name: String,
+    /// Its number among the checksums.
+    number: u32,
+    file: File,
+}
+
+impl PagesFile {
+    fn open(
+        images: BorrowedFd<'_>,
+        (name, number): (String, u32),
+        map: &Pagemap,
+    ) -> Result<PagesFile, SourceError> {
+        let failed =
+            |error: Errno| SourceError::Io { action: "open", file: name.clone(), source: error.into() };
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(images, name.as_str(), flags, Mode::empty()).map_err(failed)?;
+        let size = rustix::fs::fstat(&file).map_err(failed)?.st_size;
+        map.check_pages(u64::try_from(size).unwrap_or_default())?;
+        let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
+        Ok(PagesFile { name, number, file: file.into() })
+    }
+}
+
 /// The lazy pages of one process.
 #[derive(Debug)]
 pub(super) struct Source {
-    name: String,
-    /// The number in its name.
-    number: u32,
-    file: File,
+    own: PagesFile,
+    parent: Option<PagesFile>,
     sums: Option<Rc<PageSums>>,
     segments: Vec<Segment>,
     pages: u64,
@@ -83,23 +117,47 @@ pub(super) struct Source {
 impl Source {
     /// Those of the process `pid`, by its id inside the container, in the directory `images`.
     pub fn open(images: BorrowedFd<'_>, pid: u32, sums: Option<Rc<PageSums>>) -> Result<Source, SourceError> {
-        let map = Pagemap::read(images, &Pagemap::name(pid))?;
-        let name = map.pages_name();
-        let failed =
-            |error: Errno| SourceError::Io { action: "open", file: name.clone(), source: error.into() };
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(images, name.as_str(), flags, Mode::empty()).map_err(failed)?;
-        let size = rustix::fs::fstat(&file).map_err(failed)?.st_size;
-        map.check_pages(u64::try_from(size).unwrap_or_default())?;
-        let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
-        let (mut segments, mut pages) = (Vec::new(), 0);
+        let map_name = Pagemap::name(pid);
+        let map = Pagemap::read(images, &map_name)?;
+        let own = PagesFile::open(images, (map.pages_name(), map.pages_id), &map)?;
+        let parent_map = if map.entries.iter().any(|entry| entry.lazy && entry.in_parent) {
+            Some(Pagemap::read(images, &name_in_parent(&map_name))?)
+        } else {
+            None
+        };
+        let open = |map: &Pagemap| {
+            let names = (name_in_parent(&map.pages_name()), number_in_parent(map.pages_id));
+            PagesFile::open(images, names, map)
+        };
+        let parent = parent_map.as_ref().map(open).transpose()?;
+        let mut source = Source { own, parent, sums, segments: Vec::new(), pages: 0 };
+        // What is in the parent and not lazy CRIU restores by itself.
         for entry in map.entries.iter().filter(|entry| entry.lazy) {
-            // What is in a parent image CRIU restores by itself.
-            let Some(position) = entry.position else { continue };
-            segments.push(Segment { address: entry.start, source: pages, position, pages: entry.pages });
-            pages += entry.pages;
+            let Some(parent) = parent_map.as_ref().filter(|_| entry.in_parent) else {
+                source.add(entry, false);
+                continue;
+            };
+            let mut next = entry.start;
+            for piece in parent.within(entry).filter(|piece| piece.position.is_some()) {
+                if piece.start != next {
+                    break;
+                }
+                next = piece.end();
+                source.add(&piece, true);
+            }
+            if next != entry.end() {
+                return Err(SourceError::NotInParent { address: next });
+            }
         }
-        Ok(Source { name, number: map.pages_id, file: file.into(), sums, segments, pages })
+        Ok(source)
+    }
+
+    fn add(&mut self, entry: &Entry, in_parent: bool) {
+        if let Some(position) = entry.position {
+            let (address, source, pages) = (entry.start, self.pages, entry.pages);
+            self.segments.push(Segment { address, source, in_parent, position, pages });
+            self.pages += pages;
+        }
     }
 
     /// How many lazy pages there are.
@@ -127,18 +185,21 @@ impl Source {
             let room = rest.len() as u64 / PAGE;
             let count = (segment.pages - skipped).min(room);
             let (piece, behind) = rest.split_at_mut(usize::try_from(count * PAGE).unwrap_or_default());
+            let file = self.parent.as_ref().filter(|_| segment.in_parent).unwrap_or(&self.own);
             let position = segment.position + skipped;
-            if !self.read_at(position, piece, cached)? {
+            if !file.read_at(position, piece, cached)? {
                 return Ok(false);
             }
             if let Some(sums) = &self.sums {
-                sums.check(self.number, position * PAGE, piece).map_err(SourceError::Altered)?;
+                sums.check(file.number, position * PAGE, piece).map_err(SourceError::Altered)?;
             }
             (source, rest) = (source + count, behind);
         }
         Ok(true)
     }
+}
 
+impl PagesFile {
     fn read_at(&self, position: u64, mut piece: &mut [u8], cached: bool) -> Result<bool, SourceError> {
         let mut offset = position * PAGE;
         let mut flags = if cached { ReadWriteFlags::NOWAIT } else { ReadWriteFlags::empty() };

@@ -198,8 +198,11 @@ impl Agent {
     }
 
     pub async fn restore(&mut self) -> Result<Restored, RestoreError> {
+        self.restore_with(self.restore_options()).await
+    }
+
+    pub async fn restore_with(&mut self, options: RestoreOptions) -> Result<Restored, RestoreError> {
         let image = self.image();
-        let options = self.restore_options();
         let handover = Handover { inherit: self.inherit(&image), spare: self.spare.take() };
         let restored =
             self.engine.restore(NAMESPACE, &self.container, &image, &options, handover, &mut NoHooks).await?;

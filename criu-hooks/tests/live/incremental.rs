@@ -4,12 +4,15 @@
 use sha2::{Digest, Sha256};
 
 use super::*;
-use criu_hooks::engine::{DumpReport, PredumpError, PredumpReport};
+use criu_hooks::engine::{DumpReport, PredumpError, PredumpReport, RestoreOptions};
 
 const PAGE: usize = 4096;
 
 /// The pages that the program keeps changing: 16 MiB of them.
 const PAGES: usize = 4096;
+
+/// How often the agent sleeps and wakes.
+const GENERATIONS: usize = 20;
 
 /// The pages that it writes in each of its steps.
 const WRITES: usize = 16;
@@ -17,7 +20,8 @@ const WRITES: usize = 16;
 /// Fills each page with one number, then writes pages in an order that looks like chance. After each step it looks at
 /// every byte, and tells the digest of the pages' numbers, or that a page has more than one. [`Model`] has the numbers
 /// alone: an unoptimized test on an emulated machine has no time for the bytes. Huge pages are kept out, because a
-/// write to one marks 2 MiB as written.
+/// write to one marks 2 MiB as written. CRIU brings them in all the same when it restores everything from an image
+/// without a parent: it fills memory before it applies what was advised. So such an image is restored lazily here.
 const WRITER: &str = "import hashlib, itertools, mmap, time
 PAGE, PAGES, WRITES = 4096, 4096, 16
 memory = mmap.mmap(-1, PAGE * PAGES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -91,6 +95,19 @@ async fn sleep(agent: &mut Agent, model: &mut Model) -> Option<(PredumpReport, D
     Some((ahead?, report))
 }
 
+/// Wakes the agent, lazily or with all of its memory at once; which then is all there.
+async fn wake(agent: &mut Agent, lazily: bool) {
+    let lazy = lazily.then(super::lazy::lazily);
+    let options = RestoreOptions { lazy, ..agent.restore_options() };
+    let restored = agent.restore_with(options).await.unwrap();
+    assert_eq!(restored.fill.is_ok(), lazily);
+    if let Ok(mut fill) = restored.fill {
+        let report = fill.complete().await.unwrap();
+        // Nearly all of it, wherever it is kept.
+        assert!(report.bytes > (PAGE * PAGES) as u64 * 9 / 10, "{report:?}");
+    }
+}
+
 /// The bytes of memory pages in the image, without its parent's.
 fn pages(agent: &Agent) -> u64 {
     let image = agent.image();
@@ -105,8 +122,8 @@ on_a_node!(incremental_images_hold_every_byte_over_many_generations, async || {
     follow(&mut agent, &mut model, 2).await;
     let whole = agent.dump().await.unwrap();
     let whole_pages = pages(&agent);
-    agent.restore().await.unwrap();
-    for generation in 0..4 {
+    wake(&mut agent, true).await;
+    for generation in 0..GENERATIONS {
         follow(&mut agent, &mut model, 2).await;
         if let Some((ahead, report)) = sleep(&mut agent, &mut model).await {
             let own = pages(&agent);
@@ -118,13 +135,17 @@ on_a_node!(incremental_images_hold_every_byte_over_many_generations, async || {
             assert_eq!(report.image_bytes, agent.image().bytes());
             assert!(report.image_bytes > ahead.bytes + own);
             // Steps that ran in between have written some, and the interpreter some of its own.
-            assert!(own < whole_pages / 2, "{own} of {whole_pages} bytes were written while it stood still");
+            assert!(own < whole_pages / 4, "{own} of {whole_pages} bytes were written while it stood still");
         }
-        agent.restore().await.unwrap();
+        wake(&mut agent, generation % 2 == 0).await;
         agent.image().remove().unwrap();
     }
     follow(&mut agent, &mut model, 3).await;
-    assert_eq!(fs::read_dir("/run/images/test/writer").unwrap().count(), 1);
+    // The whole one's directory, and what is known of the working set.
+    let mut left: Vec<_> =
+        fs::read_dir("/run/images/test/writer").unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["1", "working-set.json"]);
     agent.delete();
 });
 
@@ -157,6 +178,18 @@ on_a_node!(an_incremental_image_is_refused_when_a_file_of_its_parent_is_damaged,
         }
         fs::rename(&away, parent.join(name)).unwrap();
     }
+    // A byte of a page that was written in advance.
+    assert!(image.finish_in_background(None).unwrap().await.unwrap().summed);
+    let pages = parent.join("pages-1.img");
+    let whole = fs::read(&pages).unwrap();
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 1;
+    fs::write(&pages, flipped).unwrap();
+    match agent.restore().await.unwrap_err() {
+        RestoreError::Image(image::Error::PageAltered { file, .. }) => assert_eq!(file, "parent/pages-1.img"),
+        other => panic!("{other}"),
+    }
+    fs::write(&pages, whole).unwrap();
     let link = image.path().join("img/parent");
     fs::remove_file(&link).unwrap();
     assert!(matches!(agent.restore().await, Err(RestoreError::Image(image::Error::Missing { .. }))));

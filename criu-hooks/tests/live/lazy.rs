@@ -39,7 +39,7 @@ fn the_pager_of_the_other_tests() {
 
 const PAGER: &str = "lazy::the_pager_of_the_other_tests";
 
-fn lazily() -> LazyOptions {
+pub(super) fn lazily() -> LazyOptions {
     let args = ["--exact", PAGER, "--nocapture", "--test-threads", "1"];
     LazyOptions { least_bytes: 0, ..LazyOptions::new("/proc/self/exe", args) }
 }
