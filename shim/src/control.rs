@@ -222,6 +222,7 @@ fn wire_transition(id: &str, transition: &Transition) -> WireTransition {
         at_unix_ms: unix_ms(transition.at),
         mode: transition.mode.to_owned(),
         classic_because: transition.classic_because.clone().unwrap_or_default(),
+        whole_because: transition.whole_because.clone().unwrap_or_default(),
         memory_bytes: transition.memory_bytes,
         ..Default::default()
     }

@@ -107,6 +107,10 @@ pub struct Options {
     pub lazy_restore: bool,
     /// With less memory than this, in MiB, all of it is restored first.
     pub lazy_restore_min_mib: u64,
+    /// Write memory in advance, while the agent still runs, where the kernel tracks what is written afterwards.
+    pub pre_dump: bool,
+    /// With less memory than this, in MiB, nothing is written in advance.
+    pub pre_dump_min_mib: u64,
     /// The most memory, in MiB, that is remembered of what an agent needs at once after a wake; 0 for none.
     pub working_set_max_mib: u64,
     /// How much is logged.
@@ -128,6 +132,8 @@ impl Default for Options {
             systemd_cgroup: false,
             lazy_restore: true,
             lazy_restore_min_mib: pager::LEAST_BYTES >> 20,
+            pre_dump: false,
+            pre_dump_min_mib: 64,
             working_set_max_mib: pager::WORKING_SET_BYTES >> 20,
             log_level: LogLevel::default(),
         }

@@ -128,6 +128,8 @@ pub struct DumpReport {
     pub mode: &'static str,
     /// Why it was not inside the pod's namespaces.
     pub classic_because: Option<String>,
+    /// Why no memory was written in advance, though that was asked for.
+    pub whole_because: Option<String>,
     /// What memory file systems hold while it sleeps, in bytes.
     pub memory_bytes: u64,
 }

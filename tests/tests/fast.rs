@@ -100,6 +100,34 @@ fn shared_memory_beyond_the_limit_goes_into_the_image() {
 }
 
 #[test]
+fn memory_is_written_in_advance_where_the_kernel_tracks_it_and_elsewhere_the_reason_is_told() {
+    let node = start_with("pre_dump = true\npre_dump_min_mib = 0\n");
+    let tracked = node.sh("criu check --feature mem_dirty_track").is_ok();
+    let agent = node.run_agent(&agent(Image::Python, "a")).unwrap();
+    agent.wait_healthy().unwrap();
+    let wanted = fill(&agent, 1 << 20);
+    for _ in 0..3 {
+        sleep(&node, &agent);
+        let (mode, slept) = last_sleep(&node, &agent);
+        assert_eq!(mode, "pod-namespaces", "{slept}");
+        let parents = node.sh("find /var/lib/agentcube/images -path '*/parent/pages-1.img' | wc -l").unwrap();
+        if tracked {
+            assert_eq!((parents.trim(), &slept["whole_because"]), ("1", &Value::Null));
+        } else {
+            let reason = slept["whole_because"].as_str().unwrap();
+            assert!(reason.contains("does not track"), "{reason}");
+            assert_eq!(parents.trim(), "0");
+        }
+        wake(&node, &agent);
+        agent.wait_healthy().unwrap();
+        assert_eq!(shared(&agent), wanted);
+    }
+    let log = node.containerd_log();
+    let told = if tracked { "memory written in advance" } else { "no memory is written in advance" };
+    assert!(log.contains(told), "{log}");
+}
+
+#[test]
 fn the_classic_mode_can_be_asked_for() {
     let node = start_with("criu_mode = \"classic\"\n");
     let agent = node.run_agent(&agent(Image::Python, "a").net(Net::Pod)).unwrap();

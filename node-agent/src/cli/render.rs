@@ -253,6 +253,9 @@ fn happened(transition: &Transition, now_ms: i64) -> String {
     if !transition.classic_because.is_empty() {
         let _ = write!(text, " in classic mode ({})", printable(&transition.classic_because));
     }
+    if !transition.whole_because.is_empty() {
+        let _ = write!(text, ", nothing written in advance ({})", printable(&transition.whole_because));
+    }
     if transition.memory_bytes > 0 {
         let _ = write!(text, ", {} stayed in memory", bytes(transition.memory_bytes));
     }

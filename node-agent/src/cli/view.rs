@@ -84,6 +84,9 @@ pub struct Transition {
     /// Of a sleep in the classic mode: why.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub classic_because: String,
+    /// Of a sleep: why no memory was written in advance, though `pre_dump` asks for that.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub whole_because: String,
     /// Of a sleep: what tmpfs mounts go on holding in memory.
     pub memory_bytes: u64,
     /// When it was done, in milliseconds since 1970.
@@ -234,6 +237,7 @@ impl From<&control::Transition> for Transition {
             engine: transition.engine.clone(),
             mode: transition.mode.clone(),
             classic_because: transition.classic_because.clone(),
+            whole_because: transition.whole_because.clone(),
             memory_bytes: transition.memory_bytes,
             at_unix_ms: transition.at_unix_ms,
             memory_before_bytes: None,

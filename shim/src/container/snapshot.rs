@@ -41,6 +41,8 @@ pub struct Transition {
     pub mode: &'static str,
     /// Of a sleep: why CRIU did not work inside the pod's namespaces.
     pub classic_because: Option<String>,
+    /// Of a sleep: why no memory was written in advance, though that was asked for.
+    pub whole_because: Option<String>,
     /// Of a sleep: what memory file systems hold on, in bytes.
     pub memory_bytes: u64,
     /// When it was done.

@@ -12,7 +12,7 @@ use criu_hooks::{
     container::Container,
     criu::HookError,
     engine::{
-        DumpError, DumpHooks, DumpOptions, Handover, InheritFd, Kept, RestoreError, RestoreHooks,
+        DumpError, DumpHooks, DumpOptions, Engine, Handover, InheritFd, Kept, RestoreError, RestoreHooks,
         RestoreOptions, Spare,
     },
     image::{self, Expected, Image, ImageWriter, Mode, Pages, Store},
@@ -169,6 +169,10 @@ impl RuncContainer {
         // A fill can take long, and the agent runs meanwhile: who needs it need not wait for that.
         veto.unless_raised(self.complete_fill()).await??;
         let writer = veto.unless_raised(self.begin_image()).await??;
+        let whole_because = self.write_in_advance(&engine, &container, init, &writer).await.err();
+        if veto.is_raised() {
+            return Err(RuntimeError::Vetoed);
+        }
         let pids: Vec<u32> = self.cgroup.procs().map_err(failed)?.into_iter().map(process::number).collect();
         let frozen = Instant::now();
         // Nothing may be thawed again after this: the streams are as they are from here on.
@@ -208,6 +212,7 @@ impl RuncContainer {
             engine: made_by,
             mode: mode_name(dumped.mode),
             classic_because: dumped.classic_because.map(|reason| reason.to_string()),
+            whole_because: whole_because.flatten(),
             memory_bytes: dumped.memory_bytes,
         };
         let ahead = self.options.criu_started_ahead && made_by == DIRECT;
@@ -236,6 +241,40 @@ impl RuncContainer {
                 None
             }
         }
+    }
+
+    /// Writes memory while the agent still runs, so that it stands still for less time. When it does not: the reason, or
+    /// none when that was not asked for.
+    async fn write_in_advance(
+        &self,
+        engine: &Engine,
+        container: &Container,
+        init: Pid,
+        writer: &ImageWriter,
+    ) -> Result<(), Option<String>> {
+        if !self.options.pre_dump {
+            return Err(None);
+        }
+        let resident = stats::resident(self.cgroup.path());
+        let least = self.options.pre_dump_min_mib;
+        let reason = if resident < least.saturating_mul(1 << 20) {
+            format!("it has less memory than pre_dump_min_mib, {least} MiB")
+        } else if self.cgroup.is_frozen().map_err(|error| Some(error.to_string()))? {
+            "it was frozen already".to_owned()
+        } else if let Err(error) = state_file::StateFile::read(&self.state_file()) {
+            error.to_string()
+        } else {
+            let options = DumpOptions { timeout: time_for(resident), ..DumpOptions::default() };
+            match engine.predump(container, init, writer, &options).await {
+                Ok(report) => {
+                    info!(id = %self.id, ms = report.total.as_millis(), bytes = report.bytes, "memory written in advance");
+                    return Ok(());
+                }
+                Err(error) => error.to_string(),
+            }
+        };
+        info!(id = %self.id, %reason, "no memory is written in advance");
+        Err(Some(reason))
     }
 
     /// A new image on the disk, without what earlier failures have left.

@@ -199,6 +199,7 @@ impl Runtime for Fake {
             engine: "direct",
             mode: "pod-namespaces",
             classic_because: None,
+            whole_because: None,
             memory_bytes: 2048,
         })
     }

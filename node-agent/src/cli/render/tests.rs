@@ -53,6 +53,7 @@ fn transition() -> Transition {
         engine: "direct".to_owned(),
         mode: "pod-namespaces".to_owned(),
         classic_because: String::new(),
+        whole_because: String::new(),
         memory_bytes: 0,
         at_unix_ms: NOW - 200_000,
         memory_before_bytes: None,

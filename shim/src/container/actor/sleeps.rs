@@ -42,6 +42,7 @@ impl Actor {
                     engine: FREEZER,
                     mode: "",
                     classic_because: None,
+                    whole_because: None,
                     memory_bytes: 0,
                     at: SystemTime::now(),
                 };
@@ -98,6 +99,7 @@ impl Actor {
                     engine: report.engine,
                     mode: report.mode,
                     classic_because: report.classic_because,
+                    whole_because: report.whole_because,
                     memory_bytes: report.memory_bytes,
                     at: SystemTime::now(),
                 };
@@ -224,6 +226,7 @@ impl Actor {
             engine: waking.engine,
             mode: waking.mode,
             classic_because: None,
+            whole_because: None,
             memory_bytes: 0,
             at: SystemTime::now(),
         };
