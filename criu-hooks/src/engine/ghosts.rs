@@ -91,7 +91,10 @@ impl Ghosts {
                 keep(root, above, &file.stand_in)?;
             }
             match clean(root, above, file) {
-                Err(error) => Ok(warn(&error)),
+                Err(error) => {
+                    warn(&error);
+                    Ok(())
+                }
                 done => done,
             }
         })

@@ -295,8 +295,10 @@ on_a_node!(a_restore_that_fails_late_loses_no_deleted_file_that_has_another_name
         let image = agent.image();
         let (options, inherit) = (agent.restore_options(), agent.inherit(&image));
         let mut late = Late(tmp.clone());
-        let restored =
-            agent.engine.restore(NAMESPACE, &agent.container, &image, &options, inherit, &mut late).await;
+        let restored = agent
+            .engine
+            .restore(NAMESPACE, &agent.container, &image, &options, inherit.into(), &mut late)
+            .await;
         assert!(restored.unwrap_err().to_string().contains("too late"));
         assert_eq!(names_in(&tmp), asleep);
     }

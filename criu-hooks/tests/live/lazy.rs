@@ -55,8 +55,10 @@ async fn restore_with(agent: &mut Agent, lazy: LazyOptions) -> Result<Restored, 
     let image = agent.image();
     let options = RestoreOptions { lazy: Some(lazy), ..agent.restore_options() };
     let inherit = agent.inherit(&image);
-    let restored =
-        agent.engine.restore(NAMESPACE, &agent.container, &image, &options, inherit, &mut NoHooks).await?;
+    let restored = agent
+        .engine
+        .restore(NAMESPACE, &agent.container, &image, &options, inherit.into(), &mut NoHooks)
+        .await?;
     agent.pid = restored.pid;
     Ok(restored)
 }
@@ -312,7 +314,8 @@ on_a_node!(a_pager_killed_before_the_agent_runs_is_replaced, async || {
     let image = agent.image();
     let options = RestoreOptions { lazy: Some(lazily()), ..agent.restore_options() };
     let (inherit, mut hooks) = (agent.inherit(&image), KillMeanwhile);
-    let restore = agent.engine.restore(NAMESPACE, &agent.container, &image, &options, inherit, &mut hooks);
+    let restore =
+        agent.engine.restore(NAMESPACE, &agent.container, &image, &options, inherit.into(), &mut hooks);
     let restored = restore.await.unwrap();
     agent.pid = restored.pid;
     let report = completed(&mut restored.fill.unwrap()).await;

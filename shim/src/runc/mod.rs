@@ -33,12 +33,12 @@ use runc::{
 use tokio::sync::OnceCell;
 use tracing::{debug, info, warn};
 
-pub use self::{cleanup::cleanup, create::RuncFactory};
 use self::{
     ahead::Ahead,
     process::{ProcessHandle, runc_error},
     updates::{Recorder, Updates},
 };
+pub use self::{cleanup::cleanup, create::RuncFactory};
 use crate::{
     controllers,
     io::{ConsoleSocket, ProcessIo},

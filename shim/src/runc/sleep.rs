@@ -28,6 +28,7 @@ use super::{
     state_file,
 };
 use crate::{
+    io::Inherit,
     reaper::{ExitWatch, Mark, Reaper},
     runtime::{DumpReport, Restored, RuntimeError, Veto},
     stats,

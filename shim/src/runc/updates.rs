@@ -81,7 +81,7 @@ mod tests {
     }
 
     fn bytes(resources: &LinuxResources) -> i64 {
-        resources.memory().as_ref().and_then(|memory| memory.limit()).unwrap()
+        resources.memory().as_ref().and_then(oci_spec::runtime::LinuxMemory::limit).unwrap()
     }
 
     /// Takes its time and refuses the limit 13.
