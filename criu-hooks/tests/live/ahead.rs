@@ -7,7 +7,7 @@ use super::*;
 
 impl Agent {
     /// Starts a CRIU for the next restore, and gives its process id.
-    async fn start_ahead(&mut self) -> Pid {
+    pub async fn start_ahead(&mut self) -> Pid {
         let image = self.image();
         let before = criu_pids();
         let spare = self.engine.start_ahead(&self.container, &image, &self.kept, self.inherit(&image)).await;

@@ -8,7 +8,7 @@ use std::{
 
 use criu_hooks::{
     criu::{HookError, NoHooks},
-    engine::{Engine, RestoreError, RestoreHooks, RestoreOptions, Restored},
+    engine::{Engine, Handover, RestoreError, RestoreHooks, RestoreOptions, Restored},
     pager::{self, Eager, Fill, FillError, FillReport, LazyOptions},
     procfs,
     spawn::LocalSpawner,
@@ -54,11 +54,9 @@ fn start(id: &str, args: &[&str]) -> Agent {
 async fn restore_with(agent: &mut Agent, lazy: LazyOptions) -> Result<Restored, RestoreError> {
     let image = agent.image();
     let options = RestoreOptions { lazy: Some(lazy), ..agent.restore_options() };
-    let inherit = agent.inherit(&image);
-    let restored = agent
-        .engine
-        .restore(NAMESPACE, &agent.container, &image, &options, inherit.into(), &mut NoHooks)
-        .await?;
+    let handover = Handover { inherit: agent.inherit(&image), spare: agent.spare.take() };
+    let restored =
+        agent.engine.restore(NAMESPACE, &agent.container, &image, &options, handover, &mut NoHooks).await?;
     agent.pid = restored.pid;
     Ok(restored)
 }
@@ -484,6 +482,20 @@ on_a_node!(what_a_wake_needed_comes_first_at_the_next, async || {
     assert!(prefetched[1] > 0 && prefetched[3] > 0, "{prefetched:?}");
     agent.store.remove_all(NAMESPACE, "learning").unwrap();
     assert!(!std::path::Path::new("/run/images/test").exists());
+    agent.delete();
+});
+
+on_a_node!(a_criu_that_was_started_ahead_restores_lazily_too, async || {
+    let mut agent = start("ahead", &["64"]);
+    let mut last = agent.count_on(0, 1).await;
+    for _ in 0..2 {
+        agent.dump().await.unwrap();
+        agent.start_ahead().await;
+        let mut fill = restore(&mut agent).await;
+        last = agent.count_on(last, 2).await;
+        completed(&mut fill).await;
+        agent.image().remove().unwrap();
+    }
     agent.delete();
 });
 
