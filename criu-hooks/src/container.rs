@@ -356,7 +356,8 @@ impl Container {
         let mut blockers = Vec::new();
         let own = self.cgroup.own_procs()?;
         for pid in self.cgroup.procs()? {
-            if !own.contains(&pid) {
+            // One that was born since the first look is in the second, when the processes run.
+            if !own.contains(&pid) && procfs::alive(pid) && !self.cgroup.own_procs()?.contains(&pid) {
                 blockers.push(Blocker::NestedCgroup { pid });
             }
             // One that ends meanwhile blocks nothing.
