@@ -75,7 +75,7 @@ pub(super) fn arguments(machine: &Machine<'_>) -> Vec<String> {
         "-accel",
         match machine.accelerator {
             Accelerator::Kvm => "kvm",
-            Accelerator::Tcg => "tcg,thread=multi",
+            Accelerator::Tcg => "tcg,thread=single",
         },
     ]);
     add(&["-smp", &machine.processors.to_string(), "-m", &format!("{}M", machine.memory_mib)]);
