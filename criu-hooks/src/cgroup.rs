@@ -333,6 +333,13 @@ fn resolve(mount_point: &Path, root: &Path, inside: &str) -> Option<PathBuf> {
     (!escapes).then(|| if below == Path::new("") { mount_point.to_owned() } else { mount_point.join(below) })
 }
 
+/// The value of `oom_kill` in `memory.events`: processes of this cgroup and those below it, whichever limit it was; 0
+/// where it is missing.
+pub fn oom_kills(events: &str) -> u64 {
+    let value = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

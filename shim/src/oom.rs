@@ -6,6 +6,8 @@ use std::{
     path::Path,
 };
 
+use criu_hooks::cgroup::oom_kills;
+
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// Watches one cgroup.
@@ -54,15 +56,6 @@ fn kills(file: &mut File) -> io::Result<u64> {
     file.seek(SeekFrom::Start(0))?;
     file.read_to_string(&mut text)?;
     Ok(oom_kills(&text))
-}
-
-/// The value of `oom_kill` in `memory.events`; 0 where it is missing.
-fn oom_kills(events: &str) -> u64 {
-    events
-        .lines()
-        .find_map(|line| line.strip_prefix("oom_kill "))
-        .and_then(|value| value.trim().parse().ok())
-        .unwrap_or(0)
 }
 
 #[cfg(test)]

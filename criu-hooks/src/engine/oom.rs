@@ -2,7 +2,7 @@
 //! kernel kills there what goes beyond its limit or its pod's.
 
 use super::RestoreError;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, oom_kills};
 
 /// How often the kernel has killed in a cgroup for want of memory.
 pub(super) struct OomKills<'a> {
@@ -33,12 +33,6 @@ fn kills(cgroup: &Cgroup) -> u64 {
 /// A file of the cgroup; empty where there is no memory controller.
 fn read(cgroup: &Cgroup, file: &str) -> String {
     std::fs::read_to_string(cgroup.path().join(file)).unwrap_or_default()
-}
-
-/// The value of `oom_kill` in `memory.events`: processes of this cgroup and those below it, whichever limit it was.
-fn oom_kills(events: &str) -> u64 {
-    let value = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]
