@@ -78,9 +78,6 @@ pub struct RestoreOptions {
     pub skip_file_mode_check: bool,
     /// What was kept open since the dump: from [`super::DumpReport::kept`].
     pub kept: Kept,
-    /// Which pages are compared with their checksums before anything runs. When the restore is lazy, those that come later
-    /// are compared when they come.
-    pub check: Pages,
     /// How long CRIU may take.
     pub timeout: Duration,
     /// How much CRIU logs: 2 for errors and warnings, 4 for everything.
@@ -96,7 +93,6 @@ impl Default for RestoreOptions {
             file_locks: true,
             skip_file_mode_check: true,
             kept: Kept::default(),
-            check: Pages::All,
             timeout: Duration::from_mins(1),
             log_level: 2,
             lazy: None,
@@ -363,7 +359,7 @@ impl Engine {
         // Both go on beside CRIU: what it reads next is on its way, and what it has read is compared.
         let _readahead = image.readahead(&[])?;
         let lazy = attempt.fill.is_some();
-        let check = image.check_in_background(if lazy { Pages::Eager } else { options.check });
+        let check = image.check_in_background(if lazy { Pages::Eager } else { Pages::All });
         let failed = |error| RestoreError::Criu(Failure::new(error, image.work_dir(), LOG));
         let session = match spare {
             Some(spare) => spare.show(&launch.mounts).map_err(RestoreError::Memory)?,
