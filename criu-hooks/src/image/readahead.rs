@@ -85,7 +85,8 @@ impl Image {
         }
         let given_up = Arc::new(AtomicBool::new(cold == 0));
         if cold > 0 {
-            let work = Arc::new(Work { steps: steps(first, &files), files, next: AtomicUsize::new(0) });
+            let steps = steps(first, files.iter().map(|(number, bytes, _)| (*number, *bytes)));
+            let work = Arc::new(Work { steps, files, next: AtomicUsize::new(0) });
             for _ in 0..THREADS.min(work.steps.len()) {
                 let (work, given_up) = (Arc::clone(&work), Arc::clone(&given_up));
                 let builder = thread::Builder::new().name("readahead".to_owned()).stack_size(STACK);
@@ -118,12 +119,7 @@ impl Work {
 }
 
 /// In which steps files are read: parts that come first, then everything, each file in its order.
-fn steps(first: &[Part], files: &[(u32, u64, OwnedFd)]) -> Vec<Part> {
-    let sizes = files.iter().map(|(number, bytes, _)| (*number, *bytes));
-    steps_of(first, sizes)
-}
-
-fn steps_of(first: &[Part], sizes: impl Iterator<Item = (u32, u64)>) -> Vec<Part> {
+fn steps(first: &[Part], sizes: impl Iterator<Item = (u32, u64)>) -> Vec<Part> {
     let whole = sizes.map(|(number, length)| Part { number, offset: 0, length });
     let cut = |part: Part| {
         let end = part.offset.saturating_add(part.length);
@@ -161,7 +157,7 @@ mod tests {
     #[test]
     fn the_working_set_comes_first_and_everything_comes() {
         let set = Part { number: 2, offset: 5 << 20, length: 3 << 20 };
-        let steps = steps_of(&[set], [(1, 5 << 20), (2, 10 << 20), (3, 0)].into_iter());
+        let steps = super::steps(&[set], [(1, 5 << 20), (2, 10 << 20), (3, 0)].into_iter());
         assert_eq!(steps[0], Part { length: STEP, ..set });
         assert_eq!(steps[1], Part { number: 2, offset: 7 << 20, length: 1 << 20 });
         let rest = |number| steps[2..].iter().filter(move |step| step.number == number);

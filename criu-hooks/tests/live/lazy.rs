@@ -46,7 +46,11 @@ pub(super) fn lazily() -> LazyOptions {
 
 /// A container with the memory program.
 fn start(id: &str, args: &[&str]) -> Agent {
-    let program = include_str!("memory.py");
+    start_python(id, include_str!("memory.py"), args)
+}
+
+/// A container with a Python program.
+fn start_python(id: &str, program: &str, args: &[&str]) -> Agent {
     let args: Vec<&str> = ["python3", "-c", program].into_iter().chain(args.iter().copied()).collect();
     Agent::start(id, &Setup { args: &args, whole_root: true, ..Setup::default() })
 }
@@ -164,8 +168,7 @@ while True:
 ";
 
 on_a_node!(a_child_without_a_part_of_the_memory_lives_on, async || {
-    let args = ["python3", "-c", DONTFORK];
-    let mut agent = Agent::start("dontfork", &Setup { args: &args, whole_root: true, ..Setup::default() });
+    let mut agent = start_python("dontfork", DONTFORK, &[]);
     agent.line().await;
     agent.dump().await.unwrap();
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -208,8 +211,7 @@ while True:
 ";
 
 on_a_node!(hundreds_of_short_lived_children_are_let_go_at_once, async || {
-    let args = ["python3", "-c", FORKS];
-    let mut agent = Agent::start("forks", &Setup { args: &args, whole_root: true, ..Setup::default() });
+    let mut agent = start_python("forks", FORKS, &[]);
     agent.line().await;
     agent.dump().await.unwrap();
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -554,8 +556,7 @@ on_a_node!(measurements, async || {
     }
     for mib in [8, 16, 64, 256, 1024] {
         let (id, size) = (format!("measured-{mib}"), mib.to_string());
-        let args = ["python3", "-c", TOUCH, &size];
-        let mut agent = Agent::start(&id, &Setup { args: &args, whole_root: true, ..Setup::default() });
+        let mut agent = start_python(&id, TOUCH, &[&size]);
         agent.line().await;
         let (mut lazy, mut resident, mut eager, mut touches) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
