@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agentcube_control::{ClientError, Depth};
 use agentcube_tests::images::Image;
@@ -370,9 +370,17 @@ fn killing_criu<T>(node: &Node, delay: Duration, work: impl FnOnce() -> T) -> (T
     })
 }
 
-/// From the start of CRIU to some time after the end of any dump or restore here.
-fn delays() -> impl Iterator<Item = Duration> {
-    (0..16).map(|step| Duration::from_millis(step * 8))
+/// From the start of CRIU to some time after its end, in even steps. What it does a good part of took `whole`
+/// undisturbed.
+fn delays(whole: Duration) -> impl Iterator<Item = Duration> {
+    (0..24).map(move |step| whole / 32 * step)
+}
+
+/// How long that takes.
+fn time(work: impl FnOnce()) -> Duration {
+    let begun = Instant::now();
+    work();
+    begun.elapsed()
 }
 
 /// What a process ends with in whose code CRIU died: SIGTRAP and SIGSEGV.
@@ -386,8 +394,10 @@ fn an_agent_whose_criu_is_killed_in_a_dump_runs_on_or_ends_with_a_status_that_sa
     with_criu_script(&node);
     let spec = python("a").env("BALLAST_MIB", &48);
     let mut agent = run(&node, &spec);
+    let whole = time(|| agent.sleeps());
+    agent.wakes();
     let (mut failed, mut ended) = (0, 0);
-    for delay in delays() {
+    for delay in delays(whole) {
         let (slept, _) = killing_criu(&node, delay, || agent.sleep());
         if slept.status == 0 {
             // It came too late, or in the middle of the kill, when the image was complete.
@@ -426,8 +436,10 @@ fn an_image_survives_a_criu_that_dies_in_the_middle_of_a_restore() {
     };
     let mut agent = run(&node, &python("a").env("BALLAST_MIB", &48));
     let shim = agent.shim_pid();
+    agent.sleeps();
+    let whole = time(|| agent.wakes());
     let mut failed = 0;
-    for delay in delays() {
+    for delay in delays(whole) {
         agent.sleeps();
         let asleep = node.snapshot();
         let (woken, _) = killing_criu(&node, delay, || agent.wake());
@@ -449,6 +461,7 @@ fn an_image_survives_a_criu_that_dies_in_the_middle_of_a_restore() {
         agent.assert_state("running");
         agent.assert_whole();
     }
+    println!("{failed} restores were broken off");
     assert!(failed > 2, "only {failed} restores were broken off");
     assert_eq!(agent.shim_pid(), shim);
     agent.agent.delete().unwrap();
