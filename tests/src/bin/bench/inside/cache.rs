@@ -1,7 +1,7 @@
 //! Images on disk: how large they are, and whether they are in the page cache.
 
 use std::fs::{self, File};
-use std::io::IoSliceMut;
+use std::io::{ErrorKind, IoSliceMut};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -14,9 +14,11 @@ const SAMPLES: u64 = 128;
 
 /// Bytes that the files of a folder take up on disk.
 pub fn bytes_on_disk(folder: &Path) -> Result<u64> {
-    let sizes = files(folder)?.into_iter().map(|path| {
-        let metadata = fs::metadata(&path).with_context(|| format!("looking at {}", path.display()))?;
-        Ok(metadata.blocks() * 512)
+    let sizes = files(folder)?.into_iter().map(|path| match fs::metadata(&path) {
+        Ok(metadata) => Ok(metadata.blocks() * 512),
+        // Checksums are written under another name first, while this looks.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error).with_context(|| format!("looking at {}", path.display())),
     });
     sizes.sum()
 }
@@ -24,7 +26,10 @@ pub fn bytes_on_disk(folder: &Path) -> Result<u64> {
 /// Writes the files of a folder to disk, drops them from the page cache, and gives the share that is still there.
 pub fn drop_cached(folder: &Path) -> Result<f64> {
     let files = files(folder)?;
-    let opened = files.iter().map(|path| File::open(path).with_context(|| path.display().to_string()));
+    let opened = files.iter().filter_map(|path| match File::open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        opened => Some(opened.with_context(|| path.display().to_string())),
+    });
     let opened = opened.collect::<Result<Vec<File>>>()?;
     for file in &opened {
         file.sync_all().context("syncing an image")?;
