@@ -18,6 +18,7 @@ pub mod cgroup;
 mod debian;
 pub mod host;
 pub mod images;
+pub mod kubelet;
 pub mod memory;
 pub mod node;
 pub mod old_runc;

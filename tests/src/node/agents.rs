@@ -485,6 +485,11 @@ impl Node {
         imported.insert(wanted);
         Ok(())
     }
+
+    /// Somebody else may have removed images from this namespace: the next import looks at nothing that was before.
+    pub(crate) fn forget_images(&self, namespace: &str) {
+        self.imported().retain(|(_, imported)| imported != namespace);
+    }
 }
 
 #[cfg(test)]

@@ -26,8 +26,32 @@ pub(super) const CNI: &str = r#"{
 /// Where [`CNI`] goes.
 pub(super) const CNI_PATH: &str = "/etc/cni/net.d/10-pods.conflist";
 
+/// runc for nodes whose cgroups lack controllers. It insists on any limit that it is given, and the CRI gives some to
+/// every container; the shim of this project leaves them out by itself.
+pub(super) const RUNC: &str = r#"#!/bin/sh
+# runc, without the limits that this node cannot enforce.
+bundle= verb= previous=
+for word; do
+    case $previous in --bundle) bundle=$word ;; esac
+    case $word in create | run | update) verb=${verb:-$word} ;; esac
+    previous=$word
+done
+case $verb in
+update) exit 0 ;;
+create | run)
+    jq 'del(.linux.resources | .cpu, .memory, .pids, .hugepageLimits, .unified)' "$bundle/config.json" >"$bundle/config.new"
+    mv "$bundle/config.new" "$bundle/config.json"
+    ;;
+esac
+exec runc "$@"
+"#;
+
+/// Where [`RUNC`] goes.
+pub(super) const RUNC_PATH: &str = "/usr/local/bin/runc-without-limits";
+
 /// containerd's configuration: both runtimes, with the shim's options as they would stand on a real node.
-pub(super) fn config(shim_toml: &str, log_level: &str) -> String {
+pub(super) fn config(shim_toml: &str, log_level: &str, has_controllers: bool) -> String {
+    let runc = if has_controllers { "runc" } else { RUNC_PATH };
     format!(
         r#"version = 3
 
@@ -52,6 +76,9 @@ default_runtime_name = "runc"
 
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+BinaryName = "{runc}"
 
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.agentcube]
 runtime_type = "io.containerd.agentcube.v1"

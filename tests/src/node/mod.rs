@@ -161,8 +161,10 @@ impl Node {
     fn furnish(&self) -> Result<()> {
         self.write_file(
             containerd::CONFIG,
-            &containerd::config(&self.options.shim_toml, &self.options.log_level),
+            &containerd::config(&self.options.shim_toml, &self.options.log_level, self.has_controller("cpu")),
         )?;
+        self.write_file(containerd::RUNC_PATH, containerd::RUNC)?;
+        self.sh(&format!("chmod 755 {}", containerd::RUNC_PATH))?;
         self.write_file(SHIM_TOML, &self.options.shim_toml)?;
         self.write_file(containerd::CNI_PATH, containerd::CNI)?;
         for (program, path) in [(&self.options.shim, SHIM), (&self.options.cli, "/usr/local/bin/agentcube")] {
@@ -344,6 +346,11 @@ impl Node {
             folder = self.open_with(&done, OFlags::RDONLY | OFlags::DIRECTORY, 0)?;
         }
         Ok(())
+    }
+
+    /// The path on this machine of the socket on which containerd answers, its CRI included.
+    pub fn containerd_socket(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{}", self.entrance.init, containerd::SOCKET))
     }
 
     /// containerd's log, that of the shims included.
