@@ -275,6 +275,18 @@ impl ProcessIo {
         self.asleep.send_replace(asleep);
     }
 
+    /// A process that sleeps will not come back: its output ends here. CRI deletes a container only after that end. Of
+    /// one that is awake, nothing changes.
+    pub fn end_asleep(&self) {
+        if !self.asleep.send_replace(false) {
+            return;
+        }
+        match &mut *lock(&self.kind) {
+            Kind::Pipes(pipes) => pipes.release_child_ends(),
+            Kind::Terminal(terminal) => terminal.end(),
+        }
+    }
+
     /// Completes when input has come that waits for the process to wake.
     pub async fn input_waiting(&self) {
         match &self.input {

@@ -310,6 +310,44 @@ async fn a_process_killed_in_its_sleep_ends_its_streams() {
 }
 
 #[tokio::test]
+async fn the_output_of_a_process_killed_in_its_sleep_ends_before_its_delete() {
+    for terminal in [false, true] {
+        let fifos = Fifos::new();
+        let io = fifos.open(true, terminal).await;
+        let stdout = fifos.reader("stdout", Duration::ZERO);
+        if terminal {
+            let (master, mut process) = self::terminal();
+            io.attach_console(master).unwrap();
+            process.write_all(b"good night\n").unwrap();
+            io.prepare_dump().await.unwrap();
+        } else {
+            let child = start(&io, "echo good night").await;
+            io.prepare_dump().await.unwrap();
+            end(child).await;
+        }
+        io.end_asleep();
+        let read = tokio::time::timeout(LIMIT, join(stdout)).await.expect("its output does not end");
+        assert_eq!(read, b"good night\n", "terminal: {terminal}");
+        assert!(drained(&io, LIMIT).await);
+    }
+}
+
+#[tokio::test]
+async fn the_streams_of_a_process_that_has_woken_go_on_without_its_image() {
+    let fifos = Fifos::new();
+    let io = fifos.open(false, false).await;
+    let stdout = fifos.reader("stdout", Duration::ZERO);
+    let child = start(&io, "echo one").await;
+    io.prepare_dump().await.unwrap();
+    end(child).await;
+    let child = restore(&io, "sleep 0.1; echo two");
+    io.finish_restore(None).unwrap();
+    io.end_asleep();
+    end(child).await;
+    assert_eq!(join(stdout).await, b"one\ntwo\n");
+}
+
+#[tokio::test]
 async fn a_file_uri_appends_both_streams_to_the_file() {
     let fifos = Fifos::new();
     let file = fifos.path("logs/agent.log");

@@ -376,6 +376,8 @@ impl Runtime for RuncContainer {
     }
 
     fn drop_image(&self) {
+        // Without a wake before this, nothing will ever write again.
+        self.io.end_asleep();
         let Some(SleepImage { kind, kept, ahead }) = self.lock().image.take() else { return };
         drop((kept, ahead));
         let id = self.id.clone();
