@@ -13,12 +13,12 @@ use agentcube_control::{
 use async_trait::async_trait;
 use containerd_shim::protos::ttrpc::r#async::TtrpcContext;
 use protobuf::{EnumOrUnknown, MessageField};
-use tracing::warn;
 
 use crate::{
     container::{Handle, Snapshot, Transition},
     error::TaskError,
-    lifecycle::{Depth, FrozenBy, Refusal, State},
+    lifecycle::{Depth, FrozenBy, State},
+    sandbox,
     task::Containers,
 };
 
@@ -32,25 +32,6 @@ impl ControlService {
     /// Serves the containers of one shim.
     pub fn new(namespace: &str, containers: Containers) -> Self {
         Self { namespace: namespace.to_owned(), containers }
-    }
-
-    /// The container `id`, or every container of the sandbox `id` but its pause container, which holds nothing.
-    fn targets(&self, id: &str) -> Result<Vec<Handle>, TaskError> {
-        let members: Vec<Handle> = self
-            .containers
-            .all()
-            .into_iter()
-            .filter(|handle| handle.identity().sandbox_id == id && !handle.identity().is_sandbox)
-            .collect();
-        if !members.is_empty() {
-            return Ok(members);
-        }
-        let one = self.containers.get(id)?;
-        if one.identity().is_sandbox {
-            let hint = "it is the pause container of a pod without other containers, and never sleeps";
-            return Err(TaskError::Unsupported(format!("container {id}: {hint}")));
-        }
-        Ok(vec![one])
     }
 
     fn describe(&self, handle: &Handle) -> Container {
@@ -88,49 +69,8 @@ impl ControlService {
     }
 }
 
-/// Does several containers' work at the same time and waits for all of it. The work goes on when the client that
-/// asked for it has gone away.
-async fn of_all<T: Send + 'static>(
-    work: impl Iterator<Item = impl Future<Output = Result<T, TaskError>> + Send + 'static>,
-) -> Vec<Result<T, TaskError>> {
-    let running: Vec<_> = work.map(tokio::spawn).collect();
-    let mut done = Vec::with_capacity(running.len());
-    for one in running {
-        done.push(one.await.unwrap_or_else(|error| Err(TaskError::Dependency(error.to_string()))));
-    }
-    done
-}
-
-/// Puts containers to sleep, all or none. Of several, one that sleeps that deep already is as it should be.
-async fn sleep_as_one(
-    sandbox: &str,
-    targets: Vec<Handle>,
-    asked: Option<Depth>,
-) -> Result<Vec<WireTransition>, TaskError> {
-    let several = targets.len() > 1;
-    let slept = of_all(targets.iter().cloned().map(move |handle| async move {
-        let depth = asked.unwrap_or_else(|| handle.runtime().deepest());
-        match handle.sleep(depth).await {
-            Err(TaskError::Refused { refusal: Refusal::AlreadyAsleep(now), .. })
-                if several && now >= depth =>
-            {
-                Ok(None)
-            }
-            other => other.map(|slept| Some(wire_transition(handle.id(), &slept))),
-        }
-    }))
-    .await;
-    if several && slept.iter().any(Result::is_err) {
-        let fresh = targets.iter().zip(&slept).filter(|(_, slept)| matches!(slept, Ok(Some(_))));
-        let fresh: Vec<Handle> = fresh.map(|(handle, _)| handle.clone()).collect();
-        for woken in of_all(fresh.into_iter().map(|handle| async move { handle.wake().await })).await {
-            if let Err(error) = woken {
-                warn!(%sandbox, %error, "after a failed sleep of its sandbox");
-            }
-        }
-    }
-    let slept: Result<Vec<_>, TaskError> = slept.into_iter().collect();
-    Ok(slept?.into_iter().flatten().collect())
+fn wire_transitions(of: &[(Handle, Transition)]) -> Vec<WireTransition> {
+    of.iter().map(|(handle, transition)| wire_transition(handle.id(), transition)).collect()
 }
 
 #[async_trait]
@@ -141,12 +81,11 @@ impl Control for ControlService {
         request: SleepRequest,
     ) -> containerd_shim::TtrpcResult<SleepResponse> {
         let asked = depth(request.depth)?;
-        let targets = self.targets(&request.id)?;
-        let sandbox = request.id;
+        let targets = sandbox::members(&self.containers, &request.id)?;
         // The whole of it goes on when the client goes away: half a sandbox must not be left asleep.
-        let slept = tokio::spawn(async move { sleep_as_one(&sandbox, targets, asked).await }).await;
-        let transitions = slept.map_err(|error| TaskError::Dependency(error.to_string()))??;
-        Ok(SleepResponse { transitions, ..Default::default() })
+        let slept = tokio::spawn(async move { sandbox::sleep(&request.id, targets, asked).await }).await;
+        let slept = slept.map_err(|error| TaskError::Dependency(error.to_string()))??;
+        Ok(SleepResponse { transitions: wire_transitions(&slept), ..Default::default() })
     }
 
     async fn wake(
@@ -154,13 +93,8 @@ impl Control for ControlService {
         _: &TtrpcContext,
         request: WakeRequest,
     ) -> containerd_shim::TtrpcResult<WakeResponse> {
-        let woken = of_all(self.targets(&request.id)?.into_iter().map(|handle| async move {
-            let woke = handle.wake().await?;
-            Ok(woke.map(|woke| wire_transition(handle.id(), &woke)))
-        }))
-        .await;
-        let transitions = woken.into_iter().collect::<Result<Vec<_>, TaskError>>()?;
-        Ok(WakeResponse { transitions: transitions.into_iter().flatten().collect(), ..Default::default() })
+        let woken = sandbox::wake(sandbox::members(&self.containers, &request.id)?).await?;
+        Ok(WakeResponse { transitions: wire_transitions(&woken), ..Default::default() })
     }
 
     async fn status(

@@ -19,5 +19,6 @@ pub mod reaper;
 pub mod rootfs;
 pub mod runc;
 pub mod runtime;
+pub mod sandbox;
 pub mod stats;
 pub mod task;

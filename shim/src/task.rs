@@ -32,6 +32,7 @@ use crate::{
     error::TaskError,
     events::{EventSink, timestamp},
     runtime::{CheckpointConfig, CreateConfig, ExecConfig, RuntimeFactory, Stdio},
+    sandbox,
 };
 
 /// The shim's containers, by id. Looked up, never held across work.
@@ -99,6 +100,9 @@ impl Containers {
     fn insert(&self, handle: Handle) {
         self.lock().insert(handle.id().to_owned(), Entry::Made(handle.clone()));
         self.settled.notify_waiters();
+        if !handle.identity().sandbox_id.is_empty() && !handle.identity().is_sandbox {
+            tokio::spawn(sandbox::keep_company(self.clone(), handle.clone()));
+        }
         let containers = self.clone();
         tokio::spawn(async move {
             handle.closed().await;

@@ -182,6 +182,11 @@ impl Handle {
         self.snapshot.borrow().clone()
     }
 
+    /// What follows how it is.
+    pub fn changes(&self) -> watch::Receiver<Snapshot> {
+        self.snapshot.clone()
+    }
+
     /// For questions that need no order: pids, stats, memory.
     pub fn runtime(&self) -> &Arc<dyn Runtime> {
         &self.runtime
