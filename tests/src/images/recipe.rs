@@ -74,7 +74,10 @@ impl Recipe {
                 name: "python-agent",
                 entrypoint: &["/usr/bin/python3", "/agent.py"],
                 env: &[PATH, "PYTHONDONTWRITEBYTECODE=1", "PYTHONUNBUFFERED=1"],
-                texts: &[("/agent.py", include_str!("../../agents/agent.py"))],
+                texts: &[
+                    ("/agent.py", include_str!("../../agents/agent.py")),
+                    ("/grpc_health.py", include_str!("../../agents/grpc_health.py")),
+                ],
                 programs: &["/usr/bin/python3"],
                 python: true,
                 ..nothing

@@ -41,7 +41,7 @@ pub use cri::{Cri, Streams};
 pub use decide::{Seen, Step, backoff, garbage, step};
 pub use error::{KubeletError, Result};
 pub use grpc::Code;
-pub use log::{Entry, lines};
+pub use log::{Entry, lines, parse as parse_log};
 pub use pod::Pod;
 pub use probe::{Ask, Judge, Kind, Probe, USER_AGENT};
 pub use spec::{ContainerSpec, PodSpec, RestartPolicy};
@@ -133,10 +133,10 @@ impl<'node> Kubelet<'node> {
         }
         let used: Vec<String> =
             self.cri.list_containers()?.into_iter().map(|container| container.image_id).collect();
-        let unused = self.cri.list_images()?.into_iter().filter(|image| {
+        let mut unused = self.cri.list_images()?.into_iter().filter(|image| {
             !used.contains(&image.id) && !image.pinned && !image.repo_tags.iter().any(|tag| tag == PAUSE)
         });
-        unused.map(|image| self.cri.remove_image(&image.id)).collect::<Result<()>>()?;
+        unused.try_for_each(|image| self.cri.remove_image(&image.id))?;
         self.node.forget_images(NAMESPACE);
         Ok(())
     }
