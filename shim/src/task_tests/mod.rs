@@ -1,6 +1,7 @@
 //! Every call of the Task API, driven through a runtime that records its arguments.
 
 mod fake;
+mod sandbox;
 mod sleep;
 
 use std::{sync::Arc, time::Duration};
