@@ -97,7 +97,7 @@ pub async fn sleep(
         targets.iter().filter(|handle| handle.snapshot().depth().is_none()).cloned().collect();
     let slept = freeze_and_deepen(sandbox, &targets, asked).await;
     if slept.is_err() {
-        for woken in of_all(awake.into_iter().map(|handle| async move { handle.wake().await })).await {
+        for woken in of_all(awake.into_iter().map(wake_or_join)).await {
             if let Err(error) = woken {
                 warn!(%sandbox, %error, "after a failed sleep of its sandbox");
             }
@@ -165,14 +165,35 @@ fn joined(first: Option<Transition>, second: Option<Transition>) -> Option<Trans
 /// Wakes containers side by side; gives back those that slept.
 ///
 /// # Errors
-/// When one cannot be woken.
+/// When one cannot be woken. One alone that is waking already is an error as well; of several it is as it should be.
 pub async fn wake(targets: Vec<Handle>) -> Result<Vec<(Handle, Transition)>, TaskError> {
+    let several = targets.len() > 1;
     let work = targets.into_iter().map(|handle| async move {
-        let woke = handle.wake().await?;
+        let woke = if several { wake_or_join(handle.clone()).await? } else { handle.wake().await? };
         Ok(woke.map(|woke| (handle, woke)))
     });
     let woken: Result<Vec<_>, TaskError> = of_all(work).await.into_iter().collect();
     Ok(woken?.into_iter().flatten().collect())
+}
+
+/// Wakes a container, or waits for the end of a wake under way.
+async fn wake_or_join(handle: Handle) -> Result<Option<Transition>, TaskError> {
+    match handle.wake().await {
+        Err(TaskError::Refused { refusal: Refusal::Waking, .. }) => {
+            let mut changes = handle.changes();
+            let ended = changes.wait_for(|now| !matches!(now.state, State::Restoring { .. })).await;
+            match ended.map(|now| (now.state, now.last_error.clone())) {
+                Ok((State::Running, _)) => Ok(None),
+                Ok((_, reason)) => Err(TaskError::Dependency(format!(
+                    "container {}: it did not wake: {}",
+                    handle.id(),
+                    reason.unwrap_or_else(|| "it has ended".to_owned())
+                ))),
+                Err(_) => Err(TaskError::Gone(handle.id().to_owned())),
+            }
+        }
+        other => other,
+    }
 }
 
 /// Whether a container that was in one state is now on its way out of a sleep.

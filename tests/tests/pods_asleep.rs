@@ -39,7 +39,8 @@ fn assert_undisturbed(report: &Report) {
 }
 
 /// Why a pod is not put to sleep while a probe's command runs in it, or begins to.
-const BUSY: [&str; 3] = ["exec process", "woken while it fell asleep", "something needs the agent awake"];
+const BUSY: [&str; 4] =
+    ["exec process", "woken while it fell asleep", "something needs the agent awake", "waking already"];
 
 /// How long the soak lasts: `AGENTCUBE_SOAK` in seconds, or else what a test run has time for.
 fn soak() -> Duration {

@@ -167,6 +167,35 @@ async fn a_wake_during_the_dump_of_one_wakes_the_one_that_is_dumped_already() {
 }
 
 #[tokio::test]
+async fn a_wake_of_a_sandbox_joins_the_one_that_is_under_way() {
+    for fails in [false, true] {
+        let pod = Pod::running(None, &["a", "b"]).await;
+        pod.sleep().await.unwrap();
+        let fake = &pod.fakes["a"];
+        fake.hold("restore");
+        if fails {
+            fake.fail_next("restore", RuntimeError::Failed("no memory".to_owned()));
+        }
+        fake.input_arrives();
+        settle().await;
+        assert!(matches!(pod.state("a"), State::Restoring { .. }));
+        let control = ControlService::new("k8s.io", pod.containers.clone());
+        let request = WakeRequest { id: "pod".to_owned(), ..Default::default() };
+        let waking = tokio::spawn(async move { control.wake(&ctx(), request).await.map(drop) });
+        settle().await;
+        assert!(!waking.is_finished(), "one of them sleeps");
+        fake.release();
+        let woken = waking.await.unwrap();
+        if fails {
+            assert!(message(woken).contains("no memory"));
+        } else {
+            woken.unwrap();
+            assert_eq!((pod.state("a"), pod.state("b")), (State::Running, State::Running));
+        }
+    }
+}
+
+#[tokio::test]
 async fn those_that_the_annotation_does_not_name_stay_awake() {
     let pod = Pod::running(Some("a"), &["a", "sidecar"]).await;
     assert_eq!(pod.sleep().await.unwrap(), ["a"]);

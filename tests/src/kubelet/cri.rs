@@ -27,7 +27,7 @@ use super::grpc::{self, Call};
 use crate::node::Node;
 
 /// How long the kubelet waits for an answer (its `runtimeRequestTimeout` is two minutes: a test has less patience).
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 const RUNTIME: &str = "/runtime.v1.RuntimeService/";
 const IMAGES: &str = "/runtime.v1.ImageService/";

@@ -59,7 +59,7 @@ pub fn step(policy: RestartPolicy, seen: Seen, alive: bool) -> Step {
 /// How long a container that has been restarted `restarts` times waits for the next restart.
 pub fn backoff(restarts: u32) -> Duration {
     const FIRST: Duration = Duration::from_secs(10);
-    const LONGEST: Duration = Duration::from_secs(300);
+    const LONGEST: Duration = Duration::from_mins(5);
     match restarts {
         0 => Duration::ZERO,
         more => FIRST.saturating_mul(1 << (more - 1).min(10)).min(LONGEST),
