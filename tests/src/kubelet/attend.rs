@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::api::{Container, ContainerState, PodSandboxState};
 use super::decide::{Seen, Step, backoff, step};
 use super::error::Result;
-use super::probe::{self, Judge, Kind, Probe};
+use super::probe::{self, Belief, Judge, Kind, Probe};
 use super::spec::ContainerSpec;
 use super::{Kubelet, Pod};
 use crate::node::Runtime;
@@ -38,14 +38,6 @@ pub struct Report {
     pub probes: usize,
     /// Probes that failed, believed or not.
     pub failed_probes: Vec<String>,
-}
-
-/// What is believed of a container, by its probes.
-#[derive(Debug, Clone, Copy)]
-struct Belief {
-    alive: bool,
-    ready: bool,
-    started: bool,
 }
 
 /// What the loops share.
@@ -203,13 +195,9 @@ impl Attendance<'_> {
         Ok((seen, belief.ready && belief.started))
     }
 
-    /// What is believed of a container; before its first probe it depends on which probes it has.
+    /// What is believed of a container.
     fn belief(&self, id: &str, container: &ContainerSpec) -> Belief {
-        let fresh = Belief {
-            alive: true,
-            ready: container.readiness.is_none(),
-            started: container.startup.is_none(),
-        };
+        let fresh = Belief::fresh(container.startup.is_some(), container.readiness.is_some());
         *self.beliefs().entry(id.to_owned()).or_insert(fresh)
     }
 
@@ -255,9 +243,10 @@ impl Attendance<'_> {
             if id != asked {
                 (judge, asked, settled) = (Judge::new(probe, kind), id, false);
             }
-            let waits = kind != Kind::Startup && !self.belief(&asked, container).started;
+            let started = self.belief(&asked, container).started;
+            let waits = kind != Kind::Startup && !started;
             if !waits && !settled {
-                settled = self.ask(pod, container, probe, kind, (&mut judge, &asked));
+                settled = self.ask(pod, &container.name, probe, kind, (&mut judge, &asked));
             }
             self.pause(probe.period);
         }
@@ -267,7 +256,7 @@ impl Attendance<'_> {
     fn ask(
         &self,
         pod: &Pod<'_>,
-        container: &ContainerSpec,
+        name: &str,
         probe: &Probe,
         kind: Kind,
         (judge, id): (&mut Judge, &str),
@@ -279,32 +268,12 @@ impl Attendance<'_> {
             let mut report = self.report();
             report.probes += 1;
             if let Err(why) = &outcome.answer {
-                let (pod, name) = (&pod.spec().name, &container.name);
-                let took = outcome.took;
+                let (pod, took) = (&pod.spec().name, outcome.took);
                 report.failed_probes.push(format!("{pod}/{name} {kind:?} after {took:?}: {why}"));
             }
         }
         let believed = judge.note(outcome.answer.is_ok());
-        let mut belief = self.belief(id, container);
-        match (kind, believed) {
-            (Kind::Readiness, Some(ready)) => belief.ready = ready,
-            (Kind::Startup, Some(true)) => belief.started = true,
-            (Kind::Startup | Kind::Liveness, Some(false)) => belief.alive = false,
-            _ => {}
-        }
-        // Another probe of the same container may have changed another field meanwhile.
-        if let Some(kept) = self.beliefs().get_mut(id) {
-            match kind {
-                Kind::Readiness => kept.ready = belief.ready,
-                Kind::Startup => (kept.started, kept.alive) = (belief.started, kept.alive && belief.alive),
-                Kind::Liveness => kept.alive = kept.alive && belief.alive,
-            }
-        }
-        match kind {
-            Kind::Startup => belief.started || !belief.alive,
-            Kind::Liveness => !belief.alive,
-            Kind::Readiness => false,
-        }
+        self.beliefs().get_mut(id).is_some_and(|belief| belief.learn(kind, believed))
     }
 }
 

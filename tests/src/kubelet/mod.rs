@@ -43,7 +43,7 @@ pub use error::{KubeletError, Result};
 pub use grpc::Code;
 pub use log::{Entry, lines, parse as parse_log};
 pub use pod::Pod;
-pub use probe::{Ask, Judge, Kind, Probe, USER_AGENT};
+pub use probe::{Ask, Belief, Judge, Kind, Probe, USER_AGENT};
 pub use spec::{ContainerSpec, PodSpec, RestartPolicy};
 pub use stream::{Finished, Forward, Session};
 

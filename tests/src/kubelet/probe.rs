@@ -141,6 +141,39 @@ impl Judge {
     }
 }
 
+/// What all of a container's probes together have a kubelet believe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Belief {
+    /// It needs no restart.
+    pub alive: bool,
+    /// It can serve.
+    pub ready: bool,
+    /// Its other probes may be asked.
+    pub started: bool,
+}
+
+impl Belief {
+    /// Before the first probe: what is not probed is taken for granted.
+    pub fn fresh(has_startup: bool, has_readiness: bool) -> Self {
+        Self { alive: true, ready: !has_readiness, started: !has_startup }
+    }
+
+    /// Takes over what one probe has come to; gives back whether that probe has nothing more to ask of this container.
+    pub fn learn(&mut self, kind: Kind, believed: Option<bool>) -> bool {
+        match (kind, believed) {
+            (Kind::Readiness, Some(ready)) => self.ready = ready,
+            (Kind::Startup, Some(true)) => self.started = true,
+            (Kind::Startup | Kind::Liveness, Some(false)) => self.alive = false,
+            (Kind::Liveness, Some(true)) | (_, None) => {}
+        }
+        match kind {
+            Kind::Startup => self.started || !self.alive,
+            Kind::Liveness => !self.alive,
+            Kind::Readiness => false,
+        }
+    }
+}
+
 /// Asks once. The answer is a success, or why it is none; nothing when the runtime could not even ask, which a kubelet
 /// does not count.
 pub(super) fn ask(node: &Node, cri: &Cri, container: &str, ip: IpAddr, probe: &Probe) -> Option<Outcome> {
@@ -238,6 +271,21 @@ mod tests {
         assert_eq!((ready.note(true), ready.note(true)), (Some(false), Some(true)));
         let mut started = Judge::new(&probe, Kind::Startup);
         assert_eq!((started.note(false), started.note(true), started.note(true)), (None, None, Some(true)));
+    }
+
+    #[test]
+    fn a_probe_is_done_with_a_container_when_it_has_condemned_it_or_let_it_start() {
+        let mut belief = Belief::fresh(true, true);
+        assert_eq!(belief, Belief { alive: true, ready: false, started: false });
+        assert!(!belief.learn(Kind::Startup, None));
+        assert!(belief.learn(Kind::Startup, Some(true)) && belief.started);
+        assert!(!belief.learn(Kind::Readiness, Some(true)) && belief.ready);
+        assert!(!belief.learn(Kind::Readiness, Some(false)) && !belief.ready && belief.alive);
+        assert!(!belief.learn(Kind::Liveness, Some(true)));
+        assert!(belief.learn(Kind::Liveness, Some(false)) && !belief.alive);
+        // Another probe does not bring it back.
+        belief.learn(Kind::Liveness, Some(true));
+        assert!(!belief.alive);
     }
 
     #[test]

@@ -163,8 +163,7 @@ impl Node {
             containerd::CONFIG,
             &containerd::config(&self.options.shim_toml, &self.options.log_level, self.has_controller("cpu")),
         )?;
-        self.write_file(containerd::RUNC_PATH, containerd::RUNC)?;
-        self.sh(&format!("chmod 755 {}", containerd::RUNC_PATH))?;
+        self.write_with_mode(containerd::RUNC_PATH, containerd::RUNC, 0o755)?;
         self.write_file(SHIM_TOML, &self.options.shim_toml)?;
         self.write_file(containerd::CNI_PATH, containerd::CNI)?;
         for (program, path) in [(&self.options.shim, SHIM), (&self.options.cli, "/usr/local/bin/agentcube")] {
@@ -303,7 +302,11 @@ impl Node {
     /// # Errors
     /// When that fails.
     pub fn write_file(&self, path: &str, text: &str) -> Result<()> {
-        self.create(path, 0o644)?
+        self.write_with_mode(path, text, 0o644)
+    }
+
+    fn write_with_mode(&self, path: &str, text: &str, mode: u32) -> Result<()> {
+        self.create(path, mode)?
             .write_all(text.as_bytes())
             .doing(|| format!("writing {path} on {}", self.name()))
     }
