@@ -211,6 +211,90 @@ fn a_restart_of_containerd_leaves_sleeping_pods_ready_and_a_command_wakes_them()
     node.wait_until("the counter to go on", SOON, || Ok(counted() > before)).unwrap();
 }
 
+/// Lets `agentcube` do something to a pod, and after a while something else happens beside it.
+fn in_the_middle<T>(node: &Node, pod: &Pod, verb: &str, after: Duration, other: impl FnOnce() -> T) -> T {
+    thread::scope(|scope| {
+        let doing = scope.spawn(|| agentcube(node, pod.sandbox(), &[verb]));
+        thread::sleep(after);
+        let done = other();
+        // It may have succeeded or been given up: the tests look at what came out.
+        drop(doing.join().unwrap());
+        done
+    })
+}
+
+#[test]
+fn a_restart_of_containerd_in_the_middle_of_a_sleep_or_a_wake_costs_nothing() {
+    let node = start();
+    let kubelet = Kubelet::on(&node).unwrap();
+    let spec =
+        spec("restarted").container(agent("agent").env("BALLAST_MIB", &96)).container(counter("counter"));
+    let pod = kubelet.run(spec).unwrap();
+    pod.wait_healthy(8080).unwrap();
+    pod.http(8080, "POST", "/chat", "hello").unwrap();
+    let both = ["agent", "counter"];
+    for (verb, after) in [("sleep", 20), ("wake", 20), ("sleep", 120), ("wake", 120)] {
+        let after = Duration::from_millis(after);
+        in_the_middle(&node, &pod, verb, after, || node.restart_containerd()).unwrap();
+        match verb {
+            "sleep" => assert_asleep(&node, &pod, &both, "checkpointed"),
+            _ => assert_awake(&node, &pod, &both),
+        }
+        let ((), report) = kubelet.attend(&[&pod], || thread::sleep(SECOND));
+        assert_undisturbed(&report);
+    }
+    assert_eq!(turn(&pod), 1);
+    assert_counts(&lines(&pod.log("counter").unwrap(), "stdout"));
+}
+
+#[test]
+fn commands_in_the_middle_of_a_sleep_or_a_wake_are_served() {
+    let node = start();
+    let kubelet = Kubelet::on(&node).unwrap();
+    let spec = spec("wanted").container(agent("agent").env("BALLAST_MIB", &96)).container(counter("counter"));
+    let pod = kubelet.run(spec).unwrap();
+    pod.wait_healthy(8080).unwrap();
+    pod.http(8080, "POST", "/chat", "hello").unwrap();
+    let ((), report) = kubelet.attend(&[&pod], || {
+        for after in [5, 30, 60, 100, 160, 250] {
+            for verb in ["sleep", "wake"] {
+                let command = || pod.exec("agent", &["echo", "hello"], SHORT);
+                let done = in_the_middle(&node, &pod, verb, Duration::from_millis(after), command).unwrap();
+                assert_eq!(done.stdout, b"hello\n");
+            }
+        }
+    });
+    assert_undisturbed(&report);
+    wake(&node, &pod);
+    pod.wait_healthy(8080).unwrap();
+    assert_eq!(turn(&pod), 1);
+    assert_counts(&lines(&pod.log("counter").unwrap(), "stdout"));
+}
+
+#[test]
+fn a_pod_that_is_removed_in_the_middle_of_a_sleep_or_a_wake_leaves_nothing() {
+    let node = start();
+    let kubelet = Kubelet::on(&node).unwrap();
+    node.sh("mkdir -p -m 700 /var/lib/agentcube/images").unwrap();
+    let before = node.snapshot();
+    for (verb, after) in [("sleep", 10), ("sleep", 60), ("sleep", 150), ("wake", 10), ("wake", 60)] {
+        let spec =
+            spec("unwanted").container(agent("agent").env("BALLAST_MIB", &96)).container(counter("counter"));
+        let pod = kubelet.run(spec).unwrap();
+        pod.wait_healthy(8080).unwrap();
+        if verb == "wake" {
+            sleep_at(&node, &pod, "checkpointed");
+        }
+        let sweep = || kubelet.cri().stop_pod_sandbox(pod.sandbox());
+        in_the_middle(&node, &pod, verb, Duration::from_millis(after), sweep).unwrap();
+        for name in ["agent", "counter"] {
+            assert_eq!(pod.seen(name).unwrap(), Seen::Exited(137), "{verb} {after}");
+        }
+        pod.remove().unwrap();
+    }
+    node.wait_until_clean(&before, SOON).unwrap();
+}
+
 #[test]
 fn a_sleeping_pod_that_is_removed_leaves_nothing() {
     let node = start();
