@@ -20,8 +20,11 @@ pub struct Entry {
 /// # Errors
 /// [`KubeletError::Log`].
 pub fn parse(text: &str) -> Result<Vec<Entry>> {
-    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    whole.lines().map(|line| entry(line).ok_or_else(|| KubeletError::Log(line.to_owned()))).collect()
+    let Some(end) = text.rfind('\n') else { return Ok(Vec::new()) };
+    text[..end]
+        .split('\n')
+        .map(|line| entry(line).ok_or_else(|| KubeletError::Log(line.to_owned())))
+        .collect()
 }
 
 fn entry(line: &str) -> Option<Entry> {
