@@ -158,6 +158,7 @@ fn wire_transition(id: &str, transition: &Transition) -> WireTransition {
         classic_because: transition.classic_because.clone().unwrap_or_default(),
         whole_because: transition.whole_because.clone().unwrap_or_default(),
         memory_bytes: transition.memory_bytes,
+        cause: transition.cause.map(|cause| cause.name().to_owned()).unwrap_or_default(),
         ..Default::default()
     }
 }

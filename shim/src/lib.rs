@@ -22,3 +22,4 @@ pub mod runtime;
 pub mod sandbox;
 pub mod stats;
 pub mod task;
+pub mod wake;

@@ -14,7 +14,7 @@ use containerd_shim::protos::{api::Mount, protobuf::well_known_types::any::Any};
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch;
 
-use crate::lifecycle::Depth;
+use crate::{lifecycle::Depth, wake::WakeCause};
 
 /// Where containerd wants a process's standard streams: paths of FIFOs, URIs of loggers, or empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -224,8 +224,10 @@ pub trait Runtime: Send + Sync {
     async fn delete_exec(&self, exec_id: &str) -> Result<(), RuntimeError>;
     /// Removes the container that has ended, when its output has been passed on: OCI runtime's state, mounts, images.
     async fn delete(&self) -> Result<(), RuntimeError>;
-    /// Completes when bytes for the standard input of a sleeping container have come.
-    async fn input(&self);
+    /// Completes when something comes that the sleeping container must wake for, and says what. It is only waited for
+    /// while the container sleeps, at whatever depth, and is dropped and called anew in between: what it waits for must
+    /// not be lost with it.
+    async fn demand(&self) -> WakeCause;
     /// The ids of all processes; the last known ones while asleep. Never empty.
     fn pids(&self) -> Vec<u32>;
     /// `io.containerd.cgroups.v2.Metrics`.

@@ -259,6 +259,9 @@ fn happened(transition: &Transition, now_ms: i64) -> String {
     if transition.memory_bytes > 0 {
         let _ = write!(text, ", {} stayed in memory", bytes(transition.memory_bytes));
     }
+    if let Some(cause) = &transition.cause {
+        let _ = write!(text, ", for {}", printable(cause));
+    }
     let _ = write!(text, ", {}", ago(transition.at_unix_ms, now_ms));
     text
 }

@@ -89,6 +89,9 @@ pub struct Transition {
     pub whole_because: String,
     /// Of a sleep: what tmpfs mounts go on holding in memory.
     pub memory_bytes: u64,
+    /// What a wake was for: `request`, `resume`, `checkpoint`, `exec`, `signal`, `input`, `traffic`, `timer`; null for a
+    /// sleep.
+    pub cause: Option<String>,
     /// When it was done, in milliseconds since 1970.
     pub at_unix_ms: i64,
     /// Memory held before; null when it could not be asked.
@@ -239,6 +242,7 @@ impl From<&control::Transition> for Transition {
             classic_because: transition.classic_because.clone(),
             whole_because: transition.whole_because.clone(),
             memory_bytes: transition.memory_bytes,
+            cause: non_empty(&transition.cause),
             at_unix_ms: transition.at_unix_ms,
             memory_before_bytes: None,
             memory_after_bytes: None,

@@ -22,6 +22,7 @@ use crate::{
     events::EventSink,
     lifecycle::Depth,
     runtime::{CheckpointConfig, ExecConfig, Process, ProcessExit, Runtime, RuntimeError, Stdio},
+    wake::WakeCause,
 };
 
 /// Where an actor answers a request.
@@ -77,6 +78,10 @@ enum Message {
     },
     Wake {
         reply: Reply<Option<Transition>>,
+    },
+    Demand {
+        cause: WakeCause,
+        reply: Reply<()>,
     },
     Started(Result<Option<Process>, RuntimeError>),
     ExecStarted {
@@ -313,5 +318,13 @@ impl Handle {
     /// When it is waking already, paused by a client, or the restore fails: its image is kept then.
     pub async fn wake(&self) -> Result<Option<Transition>, TaskError> {
         self.ask(|reply| Message::Wake { reply }).await
+    }
+
+    /// Something needs the container awake. Returns when it runs, at once when it does, and joins a wake under way.
+    ///
+    /// # Errors
+    /// When it has ended, was paused by a client, or the restore fails: its image is kept then.
+    pub async fn demand(&self, cause: WakeCause) -> Result<(), TaskError> {
+        self.ask(|reply| Message::Demand { cause, reply }).await
     }
 }

@@ -11,6 +11,7 @@ use containerd_shim::protos::api::Status;
 use crate::{
     lifecycle::{Depth, FrozenBy, State},
     runtime::{ProcessExit, Stdio},
+    wake::WakeCause,
 };
 
 /// One process as clients see it.
@@ -45,6 +46,8 @@ pub struct Transition {
     pub whole_because: Option<String>,
     /// Of a sleep: what memory file systems hold on, in bytes.
     pub memory_bytes: u64,
+    /// Of a wake: what for.
+    pub cause: Option<WakeCause>,
     /// When it was done.
     pub at: SystemTime,
 }

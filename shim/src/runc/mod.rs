@@ -48,6 +48,7 @@ use crate::{
     rootfs,
     runtime::{CheckpointConfig, DumpReport, ExecConfig, Process, Restored, Runtime, RuntimeError, Veto},
     stats,
+    wake::WakeCause,
 };
 
 /// How long a process's last output may take to be passed on when it is deleted; as in containerd's own shim.
@@ -450,8 +451,9 @@ impl Runtime for RuncContainer {
         Ok(())
     }
 
-    async fn input(&self) {
+    async fn demand(&self) -> WakeCause {
         self.io.input_waiting().await;
+        WakeCause::Input
     }
 
     fn pids(&self) -> Vec<u32> {

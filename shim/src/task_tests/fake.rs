@@ -16,6 +16,7 @@ use crate::runtime::{
     CheckpointConfig, CreateConfig, DumpReport, ExecConfig, Process, ProcessExit, Restored, Runtime,
     RuntimeError, RuntimeFactory, Veto,
 };
+use crate::wake::WakeCause;
 
 /// The pid of the first init process; each further process has the next one.
 pub const FIRST_PID: u32 = 1000;
@@ -236,8 +237,9 @@ impl Runtime for Fake {
         self.work("delete", "delete".to_owned()).await
     }
 
-    async fn input(&self) {
+    async fn demand(&self) -> WakeCause {
         self.input.notified().await;
+        WakeCause::Input
     }
 
     fn pids(&self) -> Vec<u32> {

@@ -9,6 +9,7 @@ use super::*;
 use crate::{
     container::{Journal, Phase},
     control::ControlService,
+    wake::WakeCause,
 };
 
 impl Shim {
@@ -430,4 +431,44 @@ async fn a_pause_in_the_middle_of_a_dump_is_refused_rather_than_forgotten() {
     assert!(message(shim.pause().await).contains("falling asleep already"));
     shim.fake.release();
     sleeping.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_wake_tells_what_it_was_for() {
+    let shim = Shim::running().await;
+    let handle = shim.containers.get("c").unwrap();
+    let cause = async || shim.inspect().await.last_wake.unwrap().cause;
+    shim.sleep().await.unwrap();
+    handle.demand(WakeCause::Traffic).await.unwrap();
+    assert_eq!(cause().await, "traffic");
+    shim.sleep_at(WireDepth::DEPTH_FROZEN).await.unwrap();
+    shim.wake().await.unwrap();
+    assert_eq!(cause().await, "request");
+    shim.sleep().await.unwrap();
+    shim.exec("e").await.unwrap();
+    shim.start("e").await.unwrap();
+    assert_eq!(cause().await, "exec");
+    // Of an agent that is awake it is no wake.
+    handle.demand(WakeCause::Timer).await.unwrap();
+    assert_eq!(cause().await, "exec");
+}
+
+#[tokio::test]
+async fn of_several_reasons_the_first_is_told() {
+    let shim = Shim::asleep().await;
+    shim.fake.hold("restore");
+    let handle = shim.containers.get("c").unwrap();
+    let first = tokio::spawn({
+        let handle = handle.clone();
+        async move { handle.demand(WakeCause::Traffic).await }
+    });
+    settle().await;
+    let second = tokio::spawn(async move { handle.demand(WakeCause::Timer).await });
+    settle().await;
+    assert!(!second.is_finished(), "it does not run yet");
+    shim.fake.release();
+    first.await.unwrap().unwrap();
+    second.await.unwrap().unwrap();
+    assert_eq!(shim.inspect().await.last_wake.unwrap().cause, "traffic");
+    assert_eq!(shim.fake.calls().iter().filter(|call| *call == "restore").count(), 1);
 }

@@ -37,6 +37,7 @@ fn sleeping() -> Container {
             total_us: 30_500,
             stopped_us: 0,
             at_unix_ms: NOW - 400_000,
+            cause: Some("traffic".to_owned()),
             ..transition()
         }),
         ..agent()
@@ -55,6 +56,7 @@ fn transition() -> Transition {
         classic_because: String::new(),
         whole_because: String::new(),
         memory_bytes: 0,
+        cause: None,
         at_unix_ms: NOW - 200_000,
         memory_before_bytes: None,
         memory_after_bytes: None,
@@ -203,7 +205,7 @@ Image:       266.1 MiB in /var/lib/agentcube/default/demo/1
 Sleeps:      3
 Wakes:       2
 Last sleep:  checkpointed, 141.2 ms in all, stood still for 133.9 ms, engine direct, 3m ago
-Last wake:   checkpointed, 30.5 ms in all, engine direct, 6m ago
+Last wake:   checkpointed, 30.5 ms in all, engine direct, for traffic, 6m ago
 Last error:  the wake before failed: disk full
 Shim PID:    4700
 Socket:      /run/agentcube/default/demo.sock

@@ -11,6 +11,7 @@ use crate::{
     error::TaskError,
     lifecycle::{Refusal, State},
     runtime::{ExecConfig, Process, ProcessExit, RuntimeError},
+    wake::WakeCause,
 };
 
 impl Actor {
@@ -34,7 +35,7 @@ impl Actor {
     pub(super) async fn start_exec(&mut self, exec_id: String, reply: Reply<u32>) {
         match self.execs.get(&exec_id) {
             None => answer(reply, Err(self.no_exec(&exec_id))),
-            Some(Exec::Added(_)) => self.need(Deferred::StartExec { exec_id, reply }).await,
+            Some(Exec::Added(_)) => self.need(WakeCause::Exec, Deferred::StartExec { exec_id, reply }).await,
             Some(_) => answer(reply, Err(self.refused(Refusal::AlreadyStarted))),
         }
     }

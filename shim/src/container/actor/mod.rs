@@ -24,6 +24,7 @@ use crate::{
     events::{EventSink, timestamp},
     lifecycle::{self, Depth, Effect, Event, Facts, FrozenBy, Refusal, State},
     runtime::{CheckpointConfig, ExecConfig, ExitFuture, Process, ProcessExit, Runtime, RuntimeError, Veto},
+    wake::WakeCause,
 };
 
 /// How long input waits after a failed wake before it tries again.
@@ -42,6 +43,7 @@ enum Deferred {
     Resume { reply: Reply<()> },
     Wake { reply: Reply<Option<Transition>> },
     Checkpoint { config: CheckpointConfig, reply: Reply<()> },
+    Demand { reply: Reply<()> },
 }
 
 /// An exec that has not been started yet, is being started, or runs; [`ProcessView`] has the rest.
@@ -73,6 +75,7 @@ struct Waking {
     image_bytes: u64,
     engine: &'static str,
     mode: &'static str,
+    cause: WakeCause,
 }
 
 pub(super) struct Actor {
@@ -89,6 +92,8 @@ pub(super) struct Actor {
     start_reply: Option<Reply<u32>>,
     falling: Option<Falling>,
     waking: Option<Waking>,
+    /// What the next wake is for: the first that needed it.
+    cause: Option<WakeCause>,
     /// Counts the init processes: an exit of an earlier one is not the container's.
     incarnation: u64,
     init_exit: Option<ProcessExit>,
@@ -122,6 +127,7 @@ impl Actor {
             start_reply: None,
             falling: None,
             waking: None,
+            cause: None,
             incarnation: 0,
             init_exit: None,
             exit_due: false,
@@ -152,11 +158,11 @@ impl Actor {
                     None => return,
                 },
                 () = until(deaf_until), if asleep && deaf_until.is_some() => self.deaf_until = None,
-                () = runtime.input(), if asleep && deaf_until.is_none() => {
-                    info!(id = %self.id, "input for a sleeping agent: it wakes");
-                    if let Err(error) = self.apply(Event::Need).await {
+                cause = runtime.demand(), if asleep && deaf_until.is_none() => {
+                    info!(id = %self.id, %cause, "a sleeping agent is needed: it wakes");
+                    if let Err(error) = self.apply_for(cause, Event::Need).await {
                         self.deafen();
-                        warn!(id = %self.id, %error, "input cannot wake it");
+                        warn!(id = %self.id, %cause, %error, "it cannot be woken");
                     }
                 }
             }
@@ -204,6 +210,7 @@ impl Actor {
             Message::Checkpoint { config, reply } => self.checkpoint(config, reply).await,
             Message::Sleep { depth, reply } => self.sleep(depth, reply).await,
             Message::Wake { reply } => self.wake(reply).await,
+            Message::Demand { cause, reply } => self.need(cause, Deferred::Demand { reply }).await,
             Message::Started(result) => self.started(result).await,
             Message::ExecStarted { exec_id, result } => self.exec_started(&exec_id, result),
             Message::InitExited { incarnation, exit } => {
@@ -257,6 +264,17 @@ impl Actor {
         failure.map_or(Ok(()), Err)
     }
 
+    /// As [`Self::apply`], for what wakes the agent if it sleeps.
+    async fn apply_for(&mut self, cause: WakeCause, event: Event) -> Result<(), TaskError> {
+        let before = self.cause;
+        self.cause = before.or(Some(cause));
+        let applied = self.apply(event).await;
+        if applied.is_err() {
+            self.cause = before;
+        }
+        applied
+    }
+
     /// Keeps an error for those who ask why it sleeps on.
     fn note_error(&self, error: Option<&TaskError>) {
         let reason = error.map(ToString::to_string);
@@ -278,11 +296,11 @@ impl Actor {
         match next {
             State::Restoring { .. } if self.waking.is_none() => {
                 let image_bytes = self.snapshot.borrow().image.as_ref().map_or(0, |(_, bytes)| *bytes);
-                self.waking = Some(Waking::now(Depth::Checkpointed, image_bytes));
+                self.waking = Some(self.waking_from(Depth::Checkpointed, image_bytes));
             }
             State::Frozen { .. } => self.waking = None,
             State::Running if asleep && event != Event::FreezeFailed => {
-                self.waking = Some(Waking::now(Depth::Frozen, 0));
+                self.waking = Some(self.waking_from(Depth::Frozen, 0));
             }
             _ => {}
         }
@@ -290,6 +308,12 @@ impl Actor {
             now.state = next;
             now.since = SystemTime::now();
         });
+    }
+
+    /// A wake that begins now.
+    fn waking_from(&self, depth: Depth, image_bytes: u64) -> Waking {
+        let cause = self.cause.unwrap_or(WakeCause::Request);
+        Waking { since: Instant::now(), depth, image_bytes, engine: FREEZER, mode: "", cause }
     }
 
     async fn perform(&mut self, effect: Effect) -> Result<(), TaskError> {
@@ -384,19 +408,14 @@ impl Actor {
     }
 }
 
-impl Waking {
-    fn now(depth: Depth, image_bytes: u64) -> Self {
-        Self { since: Instant::now(), depth, image_bytes, engine: FREEZER, mode: "" }
-    }
-}
-
 impl Deferred {
     fn fail(self, error: TaskError) {
         match self {
             Self::StartExec { reply, .. } => answer(reply, Err(error)),
-            Self::Signal { reply, .. } | Self::Resume { reply } | Self::Checkpoint { reply, .. } => {
-                answer(reply, Err(error));
-            }
+            Self::Signal { reply, .. }
+            | Self::Resume { reply }
+            | Self::Checkpoint { reply, .. }
+            | Self::Demand { reply } => answer(reply, Err(error)),
             Self::Wake { reply } => answer(reply, Err(error)),
         }
     }

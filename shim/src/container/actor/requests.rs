@@ -15,6 +15,7 @@ use crate::{
     events::timestamp,
     lifecycle::{Event, FrozenBy, Refusal, State},
     runtime::{CheckpointConfig, Process, ProcessExit, RuntimeError},
+    wake::WakeCause,
 };
 
 impl Actor {
@@ -78,7 +79,7 @@ impl Actor {
                 if signal == 0 {
                     return answer(reply, Ok(()));
                 }
-                self.need(Deferred::Signal { signal, all, reply }).await;
+                self.need(WakeCause::Signal, Deferred::Signal { signal, all, reply }).await;
             }
             _ => {
                 let sent = self.signal(signal, all);
@@ -133,7 +134,7 @@ impl Actor {
         match self.state() {
             State::Running | State::Frozen { .. } => {}
             State::Checkpointed | State::Restoring { .. } => {
-                return self.need(Deferred::Checkpoint { config, reply }).await;
+                return self.need(WakeCause::Checkpoint, Deferred::Checkpoint { config, reply }).await;
             }
             State::Created | State::Starting { .. } => {
                 return answer(reply, Err(self.refused(Refusal::NotStarted)));

@@ -15,6 +15,7 @@ use crate::{
     error::TaskError,
     lifecycle::{Depth, DumpOutcome, Event, Refusal, State},
     runtime::{DumpReport, Restored, RuntimeError, Veto},
+    wake::WakeCause,
 };
 
 impl Actor {
@@ -44,6 +45,7 @@ impl Actor {
                     classic_because: None,
                     whole_because: None,
                     memory_bytes: 0,
+                    cause: None,
                     at: SystemTime::now(),
                 };
                 self.fell_asleep(slept.clone());
@@ -101,6 +103,7 @@ impl Actor {
                     classic_because: report.classic_because,
                     whole_because: report.whole_because,
                     memory_bytes: report.memory_bytes,
+                    cause: None,
                     at: SystemTime::now(),
                 };
                 self.snapshot
@@ -129,19 +132,19 @@ impl Actor {
         if matches!(self.state(), State::Restoring { .. }) {
             return answer(reply, Err(self.refused(Refusal::Waking)));
         }
-        self.need(Deferred::Wake { reply }).await;
+        self.need(WakeCause::Request, Deferred::Wake { reply }).await;
     }
 
     pub(super) async fn resume(&mut self, reply: Reply<()>) {
         self.waiting.push(Deferred::Resume { reply });
-        let resumed = self.apply(Event::Resume).await;
+        let resumed = self.apply_for(WakeCause::Resume, Event::Resume).await;
         self.unqueue_on(resumed);
     }
 
     /// Queues a request until the agent is awake, and sees to it that it wakes.
-    pub(super) async fn need(&mut self, deferred: Deferred) {
+    pub(super) async fn need(&mut self, cause: WakeCause, deferred: Deferred) {
         self.waiting.push(deferred);
-        let needed = self.apply(Event::Need).await;
+        let needed = self.apply_for(cause, Event::Need).await;
         self.unqueue_on(needed);
     }
 
@@ -192,6 +195,7 @@ impl Actor {
     pub(super) fn release(&mut self) {
         let woke = self.waking.take().map(|waking| self.woke(&waking));
         let paused = std::mem::take(&mut self.paused_asleep);
+        self.cause = None;
         for deferred in std::mem::take(&mut self.waiting) {
             match deferred {
                 Deferred::StartExec { exec_id, reply } => self.begin_exec(exec_id, reply),
@@ -209,6 +213,7 @@ impl Actor {
                     }
                     let _ = self.mailbox.send(Message::Checkpoint { config, reply });
                 }
+                Deferred::Demand { reply } => answer(reply, Ok(())),
             }
         }
     }
@@ -228,9 +233,11 @@ impl Actor {
             classic_because: None,
             whole_because: None,
             memory_bytes: 0,
+            cause: Some(waking.cause),
             at: SystemTime::now(),
         };
-        info!(id = %self.id, depth = %woke.depth, mode = woke.mode, ms = woke.total.as_millis(), "awake");
+        let (depth, mode, cause) = (woke.depth, woke.mode, waking.cause);
+        info!(id = %self.id, %depth, mode, %cause, ms = woke.total.as_millis(), "awake");
         self.snapshot.send_modify(|now| {
             now.wakes += 1;
             now.last_error = None;
@@ -240,6 +247,7 @@ impl Actor {
     }
 
     pub(super) fn refuse(&mut self) {
+        self.cause = None;
         let (ended, reason) = {
             let now = self.snapshot.borrow();
             (now.state == State::Stopped, now.last_error.clone().unwrap_or_default())
