@@ -172,6 +172,23 @@ impl Client {
         Ok(response.transitions)
     }
 
+    /// As [`Client::sleep`], but at the deepest depth that works, `depth` at most. What did not work stands in the
+    /// transition's `shortfalls`.
+    ///
+    /// # Errors
+    /// As [`Client::sleep`], when no depth works.
+    pub async fn sleep_or_shallower(&self, id: &str, depth: Depth) -> Result<Vec<Transition>, ClientError> {
+        let request = SleepRequest {
+            id: id.to_owned(),
+            depth: depth.into(),
+            or_shallower: true,
+            ..SleepRequest::default()
+        };
+        let call = self.inner.sleep(Context::default(), &request);
+        let response = self.call("Sleep", id, self.timeouts.transition, call).await?;
+        Ok(response.transitions)
+    }
+
     /// Wakes a container, or all of a sandbox; returns when it runs, with one transition for each that slept.
     ///
     /// # Errors

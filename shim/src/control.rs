@@ -6,9 +6,9 @@ use std::{
 };
 
 use agentcube_control::{
-    Container, Control, Depth as WireDepth, ListRequest, ListResponse, SleepRequest, SleepResponse,
-    State as WireState, StatusRequest, StatusResponse, Transition as WireTransition, WakeRequest,
-    WakeResponse, labels,
+    Container, Control, Depth as WireDepth, ListRequest, ListResponse, Shortfall, SleepRequest,
+    SleepResponse, State as WireState, StatusRequest, StatusResponse, Transition as WireTransition,
+    WakeRequest, WakeResponse, labels,
 };
 use async_trait::async_trait;
 use containerd_shim::protos::ttrpc::r#async::TtrpcContext;
@@ -18,7 +18,7 @@ use crate::{
     container::{Handle, Snapshot, Transition},
     error::TaskError,
     lifecycle::{Depth, FrozenBy, State},
-    sandbox,
+    sandbox::{self, Slept, Wish},
     task::Containers,
 };
 
@@ -69,8 +69,16 @@ impl ControlService {
     }
 }
 
-fn wire_transitions(of: &[(Handle, Transition)]) -> Vec<WireTransition> {
-    of.iter().map(|(handle, transition)| wire_transition(handle.id(), transition)).collect()
+fn wire_slept(slept: Slept) -> WireTransition {
+    let shortfall = |shortfall: sandbox::Shortfall| Shortfall {
+        depth: EnumOrUnknown::new(wire_depth(shortfall.depth)),
+        reason: shortfall.reason,
+        ..Default::default()
+    };
+    WireTransition {
+        shortfalls: slept.shortfalls.into_iter().map(shortfall).collect(),
+        ..wire_transition(slept.handle.id(), &slept.transition)
+    }
 }
 
 #[async_trait]
@@ -80,12 +88,12 @@ impl Control for ControlService {
         _: &TtrpcContext,
         request: SleepRequest,
     ) -> containerd_shim::TtrpcResult<SleepResponse> {
-        let asked = depth(request.depth)?;
+        let wish = Wish { depth: depth(request.depth)?, or_shallower: request.or_shallower };
         let targets = sandbox::members(&self.containers, &request.id)?;
         // The whole of it goes on when the client goes away: half a sandbox must not be left asleep.
-        let slept = tokio::spawn(async move { sandbox::sleep(&request.id, targets, asked).await }).await;
+        let slept = tokio::spawn(async move { sandbox::sleep(&request.id, targets, wish).await }).await;
         let slept = slept.map_err(|error| TaskError::Dependency(error.to_string()))??;
-        Ok(SleepResponse { transitions: wire_transitions(&slept), ..Default::default() })
+        Ok(SleepResponse { transitions: slept.into_iter().map(wire_slept).collect(), ..Default::default() })
     }
 
     async fn wake(
@@ -94,7 +102,8 @@ impl Control for ControlService {
         request: WakeRequest,
     ) -> containerd_shim::TtrpcResult<WakeResponse> {
         let woken = sandbox::wake(sandbox::members(&self.containers, &request.id)?).await?;
-        Ok(WakeResponse { transitions: wire_transitions(&woken), ..Default::default() })
+        let transitions = woken.iter().map(|(handle, woke)| wire_transition(handle.id(), woke)).collect();
+        Ok(WakeResponse { transitions, ..Default::default() })
     }
 
     async fn status(
@@ -118,10 +127,7 @@ fn depth(wire: EnumOrUnknown<WireDepth>) -> Result<Option<Depth>, TaskError> {
         Ok(WireDepth::DEPTH_UNSPECIFIED) => Ok(None),
         Ok(WireDepth::DEPTH_FROZEN) => Ok(Some(Depth::Frozen)),
         Ok(WireDepth::DEPTH_CHECKPOINTED) => Ok(Some(Depth::Checkpointed)),
-        Ok(WireDepth::DEPTH_RECLAIMED) => {
-            let hint = "this shim does not offer the depth reclaimed: ask for frozen or checkpointed";
-            Err(TaskError::Unsupported(hint.to_owned()))
-        }
+        Ok(WireDepth::DEPTH_RECLAIMED) => Ok(Some(Depth::Reclaimed)),
         Err(unknown) => Err(TaskError::Invalid(format!("there is no depth with the number {unknown}"))),
     }
 }
@@ -129,6 +135,7 @@ fn depth(wire: EnumOrUnknown<WireDepth>) -> Result<Option<Depth>, TaskError> {
 fn wire_depth(depth: Depth) -> WireDepth {
     match depth {
         Depth::Frozen => WireDepth::DEPTH_FROZEN,
+        Depth::Reclaimed => WireDepth::DEPTH_RECLAIMED,
         Depth::Checkpointed => WireDepth::DEPTH_CHECKPOINTED,
     }
 }
@@ -138,15 +145,20 @@ fn wire_state(snapshot: &Snapshot) -> WireState {
         State::Created | State::Starting { .. } => WireState::STATE_CREATED,
         State::Running => WireState::STATE_RUNNING,
         State::Frozen { by: FrozenBy::Client } => WireState::STATE_PAUSED,
-        State::Frozen { by: FrozenBy::Sleep } | State::Checkpointed => WireState::STATE_ASLEEP,
-        State::Dumping { .. } => WireState::STATE_FALLING_ASLEEP,
+        State::Frozen { by: FrozenBy::Sleep } | State::Reclaimed | State::Checkpointed => {
+            WireState::STATE_ASLEEP
+        }
+        State::Reclaiming | State::Dumping { .. } => WireState::STATE_FALLING_ASLEEP,
         State::Restoring { .. } => WireState::STATE_WAKING,
         State::Stopped => WireState::STATE_STOPPED,
     }
 }
 
 fn wire_transition(id: &str, transition: &Transition) -> WireTransition {
+    let (memory_before_bytes, memory_after_bytes) = transition.memory.unwrap_or_default();
     WireTransition {
+        memory_before_bytes,
+        memory_after_bytes,
         id: id.to_owned(),
         depth: EnumOrUnknown::new(wire_depth(transition.depth)),
         total_us: micros(transition.total),

@@ -81,7 +81,7 @@ impl TaskError {
                 RuntimeError::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
                 RuntimeError::NotFound(_) => Code::NOT_FOUND,
                 RuntimeError::ResourceExhausted(_) => Code::RESOURCE_EXHAUSTED,
-                RuntimeError::Vetoed => Code::ABORTED,
+                RuntimeError::Vetoed | RuntimeError::Busy(_) => Code::ABORTED,
                 RuntimeError::Failed(_) => Code::INTERNAL,
             },
         }

@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! Created → Starting → Running ⇄ Frozen
-//!                      Running|Frozen → Dumping → Checkpointed → Restoring → Running
+//!                      Running|Frozen → Reclaiming → Reclaimed → Running
+//!                      Running|Frozen|Reclaimed → Dumping → Checkpointed → Restoring → Running
 //!                      any → Stopped
 //! ```
 
@@ -16,14 +17,28 @@ use std::fmt;
 pub enum Depth {
     /// The cgroup is frozen; processes, memory and connections stay.
     Frozen,
+    /// Frozen, and its memory pushed out to swap as far as it goes.
+    Reclaimed,
     /// Dumped to an image; the processes are gone.
     Checkpointed,
+}
+
+impl Depth {
+    /// The next shallower depth, if there is one.
+    pub fn shallower(self) -> Option<Depth> {
+        match self {
+            Depth::Frozen => None,
+            Depth::Reclaimed => Some(Depth::Frozen),
+            Depth::Checkpointed => Some(Depth::Reclaimed),
+        }
+    }
 }
 
 impl fmt::Display for Depth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Depth::Frozen => "frozen",
+            Depth::Reclaimed => "reclaimed",
             Depth::Checkpointed => "checkpointed",
         })
     }
@@ -55,8 +70,14 @@ pub enum State {
         /// Why.
         by: FrozenBy,
     },
+    /// It sleeps frozen, and its memory is being pushed out.
+    Reclaiming,
+    /// It sleeps frozen, and its memory has been pushed out.
+    Reclaimed,
     /// It is being dumped.
     Dumping {
+        /// It slept before: it sleeps on, frozen, when the dump fails.
+        asleep: bool,
         /// Something needs it awake: the dump is to be given up, or followed by a restore.
         woken: bool,
         /// It was killed meanwhile.
@@ -73,6 +94,25 @@ pub enum State {
     },
     /// It has ended.
     Stopped,
+}
+
+impl State {
+    /// Whether it sleeps, or is falling asleep.
+    pub fn sleeps(self) -> bool {
+        match self {
+            Self::Frozen { by: FrozenBy::Sleep }
+            | Self::Reclaiming
+            | Self::Reclaimed
+            | Self::Dumping { .. }
+            | Self::Checkpointed => true,
+            Self::Created
+            | Self::Starting { .. }
+            | Self::Running
+            | Self::Frozen { by: FrozenBy::Client }
+            | Self::Restoring { .. }
+            | Self::Stopped => false,
+        }
+    }
 }
 
 /// What happened, or what somebody asks for.
@@ -97,10 +137,15 @@ pub enum Event {
     Resume,
     /// SIGKILL for the whole container.
     Kill,
-    /// The cgroup could not be frozen.
+    /// The cgroup could not be frozen, or the agent has something to do and cannot sleep frozen.
     FreezeFailed,
     /// The cgroup could not be thawed, on whosever behalf it was frozen.
     ThawFailed(FrozenBy),
+    /// The reclaim under way has ended. The end of one that was given up is no event.
+    ReclaimDone {
+        /// With success.
+        ok: bool,
+    },
     /// The dump has ended.
     DumpDone(DumpOutcome),
     /// The restore has ended.
@@ -128,6 +173,14 @@ pub enum Effect {
     Start,
     /// Freeze the cgroup; ends with [`Event::FreezeFailed`] if that fails.
     Freeze,
+    /// Watch the frozen agent for what would make it run; ends with [`Event::FreezeFailed`] if there is something now.
+    Watch,
+    /// Watch it no longer.
+    Unwatch,
+    /// Begin to push its memory out; ends with [`Event::ReclaimDone`].
+    Reclaim,
+    /// Give the reclaim under way up, at its next step. Nobody waits for that.
+    CancelReclaim,
     /// Thaw the cgroup; ends with [`Event::ThawFailed`] if that fails.
     Thaw,
     /// Begin a dump; ends with [`Event::DumpDone`].
@@ -223,7 +276,8 @@ fn to(next: State, effects: &[Effect]) -> Result<Step, Refusal> {
     Ok(Step { next, effects: effects.to_vec() })
 }
 
-const DUMPING: State = State::Dumping { woken: false, killed: false, exited: false };
+const DUMPING: State = State::Dumping { asleep: false, woken: false, killed: false, exited: false };
+const DEEPENING: State = State::Dumping { asleep: true, woken: false, killed: false, exited: false };
 const RESTORING: State = State::Restoring { killed: false };
 const ASLEEP_FROZEN: State = State::Frozen { by: FrozenBy::Sleep };
 const PAUSED: State = State::Frozen { by: FrozenBy::Client };
@@ -238,7 +292,9 @@ pub fn step(state: State, facts: Facts, event: Event) -> Result<Step, Refusal> {
         State::Starting { exited } => starting(exited, event),
         State::Running => running(facts, event),
         State::Frozen { by } => frozen(by, facts, event),
-        State::Dumping { woken, killed, exited } => dumping(woken, killed, exited, event),
+        State::Reclaiming => reclaiming(event),
+        State::Reclaimed => reclaimed(facts, event),
+        State::Dumping { asleep, woken, killed, exited } => dumping(asleep, woken, killed, exited, event),
         State::Checkpointed => checkpointed(event),
         State::Restoring { killed } => restoring(killed, event),
         State::Stopped => stopped(event),
@@ -275,7 +331,8 @@ fn running(facts: Facts, event: Event) -> Result<Step, Refusal> {
         Event::Sleep(depth) => {
             facts.allow_dump()?;
             match depth {
-                Depth::Frozen => to(ASLEEP_FROZEN, &[Effect::Freeze]),
+                Depth::Frozen => to(ASLEEP_FROZEN, &[Effect::Freeze, Effect::Watch]),
+                Depth::Reclaimed => to(State::Reclaiming, &[Effect::Freeze, Effect::Watch, Effect::Reclaim]),
                 Depth::Checkpointed => to(DUMPING, &[Effect::Dump]),
             }
         }
@@ -285,9 +342,11 @@ fn running(facts: Facts, event: Event) -> Result<Step, Refusal> {
         Event::Kill => to(State::Running, &[Effect::Kill]),
         Event::Exited => to(State::Stopped, &[Effect::ReportExit, Effect::Refuse]),
         Event::ThawFailed(by) => to(State::Frozen { by }, &[Effect::Refuse]),
-        Event::FreezeFailed | Event::StartDone { .. } | Event::DumpDone(_) | Event::RestoreDone { .. } => {
-            to(State::Running, &[])
-        }
+        Event::FreezeFailed
+        | Event::StartDone { .. }
+        | Event::ReclaimDone { .. }
+        | Event::DumpDone(_)
+        | Event::RestoreDone { .. } => to(State::Running, &[]),
     }
 }
 
@@ -307,19 +366,62 @@ fn frozen(by: FrozenBy, facts: Facts, event: Event) -> Result<Step, Refusal> {
         (FrozenBy::Sleep, Event::Sleep(Depth::Frozen)) => Err(Refusal::AlreadyAsleep(Depth::Frozen)),
         (FrozenBy::Sleep, Event::Sleep(Depth::Checkpointed)) => {
             facts.allow_dump()?;
-            to(DUMPING, &[Effect::Dump])
+            to(DEEPENING, &[Effect::Unwatch, Effect::Dump])
         }
-        (FrozenBy::Sleep, Event::Pause) => to(PAUSED, &[Effect::PublishPaused]),
+        (FrozenBy::Sleep, Event::Sleep(Depth::Reclaimed)) => to(State::Reclaiming, &[Effect::Reclaim]),
+        (FrozenBy::Sleep, Event::Pause) => to(PAUSED, &[Effect::Unwatch, Effect::PublishPaused]),
         (
             _,
-            Event::ThawFailed(_) | Event::StartDone { .. } | Event::DumpDone(_) | Event::RestoreDone { .. },
+            Event::ThawFailed(_)
+            | Event::StartDone { .. }
+            | Event::ReclaimDone { .. }
+            | Event::DumpDone(_)
+            | Event::RestoreDone { .. },
         ) => to(here, &[]),
     }
 }
 
-fn dumping(woken: bool, killed: bool, exited: bool, event: Event) -> Result<Step, Refusal> {
-    let stay =
-        |woken, killed, exited, effects: &[Effect]| to(State::Dumping { woken, killed, exited }, effects);
+fn reclaiming(event: Event) -> Result<Step, Refusal> {
+    match event {
+        Event::Start => Err(Refusal::AlreadyStarted),
+        Event::Sleep(_) => Err(Refusal::FallingAsleep),
+        Event::FreezeFailed => to(State::Running, &[Effect::CancelReclaim, Effect::Thaw, Effect::Release]),
+        // What was pushed out comes back page by page; the rest is there at once.
+        Event::Wake | Event::Need | Event::Resume => {
+            to(State::Running, &[Effect::CancelReclaim, Effect::Thaw, Effect::Release])
+        }
+        Event::Pause => to(PAUSED, &[Effect::CancelReclaim, Effect::Unwatch, Effect::PublishPaused]),
+        Event::Kill => to(State::Reclaiming, &[Effect::Kill]),
+        Event::Exited => {
+            let effects = [Effect::CancelReclaim, Effect::Thaw, Effect::ReportExit, Effect::Refuse];
+            to(State::Stopped, &effects)
+        }
+        Event::ReclaimDone { ok: true } => to(State::Reclaimed, &[]),
+        Event::ReclaimDone { ok: false } => to(ASLEEP_FROZEN, &[]),
+        Event::ThawFailed(_) | Event::StartDone { .. } | Event::DumpDone(_) | Event::RestoreDone { .. } => {
+            to(State::Reclaiming, &[])
+        }
+    }
+}
+
+fn reclaimed(facts: Facts, event: Event) -> Result<Step, Refusal> {
+    match event {
+        Event::Sleep(Depth::Frozen | Depth::Reclaimed) => Err(Refusal::AlreadyAsleep(Depth::Reclaimed)),
+        Event::Kill => to(State::Reclaimed, &[Effect::Kill]),
+        Event::ThawFailed(_)
+        | Event::StartDone { .. }
+        | Event::ReclaimDone { .. }
+        | Event::DumpDone(_)
+        | Event::RestoreDone { .. } => to(State::Reclaimed, &[]),
+        // Its processes are frozen, wherever their memory is.
+        _ => frozen(FrozenBy::Sleep, facts, event),
+    }
+}
+
+fn dumping(asleep: bool, woken: bool, killed: bool, exited: bool, event: Event) -> Result<Step, Refusal> {
+    let stay = |woken, killed, exited, effects: &[Effect]| {
+        to(State::Dumping { asleep, woken, killed, exited }, effects)
+    };
     match event {
         Event::Start => Err(Refusal::AlreadyStarted),
         Event::Sleep(_) => Err(Refusal::FallingAsleep),
@@ -339,11 +441,15 @@ fn dumping(woken: bool, killed: bool, exited: bool, event: Event) -> Result<Step
         Event::DumpDone(DumpOutcome::Abandoned) => match (exited, killed) {
             (true, _) => to(State::Stopped, &[Effect::ReportExit, Effect::Refuse]),
             (false, true) => to(State::Running, &[Effect::Kill, Effect::Release]),
+            // It slept before, and nothing needs it: the failed dump has let it run for a moment.
+            (false, false) if asleep && !woken => to(ASLEEP_FROZEN, &[Effect::Freeze, Effect::Watch]),
             (false, false) => to(State::Running, &[Effect::Release]),
         },
-        Event::FreezeFailed | Event::ThawFailed(_) | Event::StartDone { .. } | Event::RestoreDone { .. } => {
-            stay(woken, killed, exited, &[])
-        }
+        Event::FreezeFailed
+        | Event::ThawFailed(_)
+        | Event::StartDone { .. }
+        | Event::ReclaimDone { .. }
+        | Event::RestoreDone { .. } => stay(woken, killed, exited, &[]),
     }
 }
 
@@ -359,6 +465,7 @@ fn checkpointed(event: Event) -> Result<Step, Refusal> {
         | Event::FreezeFailed
         | Event::ThawFailed(_)
         | Event::StartDone { .. }
+        | Event::ReclaimDone { .. }
         | Event::DumpDone(_)
         | Event::RestoreDone { .. } => to(State::Checkpointed, &[]),
     }
@@ -383,6 +490,7 @@ fn restoring(killed: bool, event: Event) -> Result<Step, Refusal> {
         | Event::FreezeFailed
         | Event::ThawFailed(_)
         | Event::StartDone { .. }
+        | Event::ReclaimDone { .. }
         | Event::DumpDone(_) => to(here, &[]),
     }
 }
@@ -393,6 +501,7 @@ fn stopped(event: Event) -> Result<Step, Refusal> {
         | Event::FreezeFailed
         | Event::ThawFailed(_)
         | Event::StartDone { .. }
+        | Event::ReclaimDone { .. }
         | Event::DumpDone(_)
         | Event::RestoreDone { .. } => to(State::Stopped, &[]),
         _ => Err(Refusal::Ended),

@@ -9,6 +9,8 @@ use super::*;
 struct World {
     processes: bool,
     frozen: bool,
+    watched: bool,
+    reclaiming: bool,
     image: bool,
     starting: bool,
     dumping: bool,
@@ -18,6 +20,10 @@ struct World {
     dumps_own_exit: bool,
     waiting: usize,
     reports: usize,
+    /// The next freeze or watch fails.
+    no_freeze: bool,
+    /// The next thaw fails.
+    no_thaw: bool,
 }
 
 /// What the outside does next.
@@ -31,6 +37,7 @@ enum Move {
     /// The init process ends by itself.
     Crash,
     FreezeFails,
+    ThawFails,
 }
 
 fn moves() -> impl Strategy<Value = Move> {
@@ -38,6 +45,7 @@ fn moves() -> impl Strategy<Value = Move> {
         2 => Just(Move::Ask(Event::Start)),
         3 => Just(Move::Ask(Event::Sleep(Depth::Checkpointed))),
         2 => Just(Move::Ask(Event::Sleep(Depth::Frozen))),
+        2 => Just(Move::Ask(Event::Sleep(Depth::Reclaimed))),
         2 => Just(Move::Ask(Event::Wake)),
         3 => Just(Move::Ask(Event::Need)),
         1 => Just(Move::Ask(Event::Pause)),
@@ -46,6 +54,7 @@ fn moves() -> impl Strategy<Value = Move> {
         6 => any::<bool>().prop_map(|ok| Move::Finish { ok }),
         1 => Just(Move::Crash),
         1 => Just(Move::FreezeFails),
+        1 => Just(Move::ThawFails),
     ]
 }
 
@@ -62,10 +71,25 @@ impl World {
                 self.starting = true;
             }
             Effect::Freeze => self.frozen = true,
-            Effect::Thaw => self.frozen = false,
+            Effect::Thaw => {
+                assert!(!self.reclaiming, "thawed while its memory is pushed out");
+                self.frozen = false;
+                self.watched = false;
+            }
+            Effect::Watch => {
+                assert!(self.frozen, "watched while it runs");
+                self.watched = true;
+            }
+            Effect::Unwatch => self.watched = false,
+            Effect::Reclaim => {
+                assert!(self.frozen && !self.reclaiming, "reclaimed while it runs, or twice");
+                self.reclaiming = true;
+            }
+            Effect::CancelReclaim => self.reclaiming = false,
             Effect::Dump => {
                 assert!(self.processes, "a dump of nothing");
-                assert!(!self.dumping && !self.restoring, "two engines at work");
+                assert!(!self.dumping && !self.restoring && !self.reclaiming, "two engines at work");
+                assert!(!self.watched, "the shim holds descriptors of what is dumped");
                 self.dumping = true;
                 self.cancelled = false;
             }
@@ -107,13 +131,24 @@ struct Model {
 impl Model {
     fn event(&mut self, event: Event) {
         let queued = event == Event::Need;
-        match step(self.state, Facts::default(), event) {
+        let before = self.state;
+        match step(before, Facts::default(), event) {
             Ok(step) => {
                 if queued {
                     self.world.waiting += 1;
                 }
                 self.state = step.next;
+                // As the actor does: what follows a freeze or a thaw that failed is not done.
                 for effect in step.effects {
+                    let freezes = matches!(effect, Effect::Freeze | Effect::Watch);
+                    if freezes && std::mem::take(&mut self.world.no_freeze) {
+                        return self.event(Event::FreezeFailed);
+                    }
+                    let thaws = effect == Effect::Thaw && step.next == State::Running;
+                    if thaws && event != Event::FreezeFailed && std::mem::take(&mut self.world.no_thaw) {
+                        let by = if before == PAUSED { FrozenBy::Client } else { FrozenBy::Sleep };
+                        return self.event(Event::ThawFailed(by));
+                    }
                     self.world.perform(effect, step.next);
                 }
             }
@@ -133,11 +168,8 @@ impl Model {
             Move::Ask(event) => self.event(event),
             Move::Finish { ok } => self.finish(ok),
             Move::Crash => self.die(),
-            Move::FreezeFails => {
-                if self.world.frozen && matches!(self.state, State::Frozen { .. }) {
-                    self.event(Event::FreezeFailed);
-                }
-            }
+            Move::FreezeFails => self.world.no_freeze = true,
+            Move::ThawFails => self.world.no_thaw = true,
         }
         if self.world.kill_pending && !self.world.dumping && !self.world.restoring {
             self.world.kill_pending = false;
@@ -156,6 +188,8 @@ impl Model {
     fn finish(&mut self, ok: bool) {
         if std::mem::take(&mut self.world.starting) {
             self.event(Event::StartDone { ok });
+        } else if std::mem::take(&mut self.world.reclaiming) {
+            self.event(Event::ReclaimDone { ok });
         } else if std::mem::take(&mut self.world.dumping) {
             // The engine leaves no cgroup frozen, however the dump ends.
             self.world.frozen = false;
@@ -177,7 +211,7 @@ impl Model {
     }
 
     fn check(&self) {
-        let World { processes, frozen, image, reports, .. } = self.world;
+        let World { processes, frozen, watched, reclaiming, image, reports, .. } = self.world;
         assert!(reports <= 1, "the exit was reported {reports} times");
         match self.state {
             State::Checkpointed => assert!(image && !processes, "asleep without an image: {:?}", self.world),
@@ -188,8 +222,15 @@ impl Model {
                 assert!(self.world.waiting == 0, "a request waits for a dead container");
             }
             State::Running => {
-                assert!(!frozen, "running and frozen");
+                assert!(!frozen && !watched && !reclaiming, "running and frozen: {:?}", self.world);
                 assert!(self.world.waiting == 0, "a request waits for a running container");
+            }
+            State::Frozen { by: FrozenBy::Sleep } | State::Reclaimed => {
+                assert!(frozen && watched && !reclaiming, "nothing would wake it: {:?}", self.world);
+            }
+            State::Reclaiming => assert!(frozen && watched && reclaiming, "{:?}", self.world),
+            State::Frozen { by: FrozenBy::Client } => {
+                assert!(frozen && !watched && !reclaiming, "paused, and watched: {:?}", self.world);
             }
             _ => {}
         }
@@ -224,7 +265,7 @@ proptest! {
     #[test]
     fn execs_and_checkpoints_keep_it_awake(live_execs in 0usize..3, checkpoints in 0usize..2) {
         let facts = Facts { live_execs, checkpoints };
-        for state in [State::Running, State::Frozen { by: FrozenBy::Sleep }] {
+        for state in [State::Running, ASLEEP_FROZEN, State::Reclaimed] {
             let slept = step(state, facts, Event::Sleep(Depth::Checkpointed));
             prop_assert_eq!(slept.is_ok(), live_execs == 0 && checkpoints == 0);
         }
@@ -245,7 +286,7 @@ fn a_wake_during_a_dump_cancels_it_once() {
 
 #[test]
 fn a_wake_that_comes_too_late_for_a_dump_restores() {
-    let state = State::Dumping { woken: true, killed: false, exited: false };
+    let state = State::Dumping { asleep: false, woken: true, killed: false, exited: false };
     let step = step(state, Facts::default(), Event::DumpDone(DumpOutcome::Complete)).expect("ends");
     assert_eq!((step.next, step.effects), (State::Restoring { killed: false }, vec![Effect::Restore]));
 }
@@ -272,6 +313,9 @@ fn what_makes_no_sense_is_refused_with_a_reason_of_its_own() {
             Event::Sleep(Depth::Frozen),
             Refusal::AlreadyAsleep(Depth::Frozen),
         ),
+        (State::Reclaimed, Event::Sleep(Depth::Frozen), Refusal::AlreadyAsleep(Depth::Reclaimed)),
+        (State::Reclaimed, Event::Sleep(Depth::Reclaimed), Refusal::AlreadyAsleep(Depth::Reclaimed)),
+        (State::Reclaiming, sleep, Refusal::FallingAsleep),
         (DUMPING, sleep, Refusal::FallingAsleep),
         (RESTORING, Event::Wake, Refusal::Waking),
         (PAUSED, sleep, Refusal::Paused),
@@ -281,5 +325,54 @@ fn what_makes_no_sense_is_refused_with_a_reason_of_its_own() {
     ];
     for (state, event, refusal) in refusals {
         assert_eq!(step(state, Facts::default(), event), Err(refusal), "{event:?} in {state:?}");
+    }
+}
+
+/// The states that a row of events leads through.
+fn states(from: State, events: &[Event]) -> Vec<State> {
+    let next = |state: &mut State, event: &Event| {
+        *state = step(*state, Facts::default(), *event).expect("is taken").next;
+        Some(*state)
+    };
+    events.iter().scan(from, next).collect()
+}
+
+#[test]
+fn a_sleep_deepens_step_by_step_without_a_wake() {
+    let events = [
+        Event::Sleep(Depth::Frozen),
+        Event::Sleep(Depth::Reclaimed),
+        Event::ReclaimDone { ok: true },
+        Event::Sleep(Depth::Checkpointed),
+        Event::DumpDone(DumpOutcome::Complete),
+    ];
+    let expected = [ASLEEP_FROZEN, State::Reclaiming, State::Reclaimed, DEEPENING, State::Checkpointed];
+    assert_eq!(states(State::Running, &events), expected);
+}
+
+#[test]
+fn a_wake_during_a_reclaim_does_not_wait_for_it() {
+    for event in [Event::Wake, Event::Need, Event::Resume] {
+        let woken = step(State::Reclaiming, Facts::default(), event).expect("is taken");
+        assert_eq!(woken.next, State::Running);
+        assert_eq!(woken.effects, [Effect::CancelReclaim, Effect::Thaw, Effect::Release]);
+    }
+}
+
+#[test]
+fn what_cannot_be_deepened_sleeps_on_unless_something_needs_it() {
+    let failed = Event::DumpDone(DumpOutcome::Abandoned);
+    assert_eq!(states(State::Reclaiming, &[Event::ReclaimDone { ok: false }]), [ASLEEP_FROZEN]);
+    assert_eq!(states(DEEPENING, &[failed]), [ASLEEP_FROZEN]);
+    assert_eq!(states(DEEPENING, &[Event::Need, failed])[1], State::Running);
+    assert_eq!(states(DUMPING, &[failed]), [State::Running]);
+}
+
+#[test]
+fn a_pause_of_a_sleeping_agent_ends_its_watch() {
+    for state in [ASLEEP_FROZEN, State::Reclaiming, State::Reclaimed] {
+        let paused = step(state, Facts::default(), Event::Pause).expect("is taken");
+        assert_eq!(paused.next, PAUSED);
+        assert!(paused.effects.contains(&Effect::Unwatch), "{state:?}");
     }
 }

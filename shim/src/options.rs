@@ -113,6 +113,10 @@ pub struct Options {
     pub pre_dump_min_mib: u64,
     /// The most memory, in MiB, that is remembered of what an agent needs at once after a wake; 0 for none.
     pub working_set_max_mib: u64,
+    /// How long pushing a frozen agent's memory out to swap may take, in seconds.
+    pub reclaim_timeout: u32,
+    /// Read back at once what was pushed out when the agent wakes, rather than when it is touched.
+    pub prefetch_on_wake: bool,
     /// How much is logged.
     pub log_level: LogLevel,
 }
@@ -135,6 +139,8 @@ impl Default for Options {
             pre_dump: false,
             pre_dump_min_mib: 64,
             working_set_max_mib: pager::WORKING_SET_BYTES >> 20,
+            reclaim_timeout: 10,
+            prefetch_on_wake: false,
             log_level: LogLevel::default(),
         }
     }

@@ -134,6 +134,17 @@ pub struct DumpReport {
     pub memory_bytes: u64,
 }
 
+/// A reclaim that has succeeded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReclaimReport {
+    /// Memory held before, in bytes.
+    pub before: u64,
+    /// Memory held after, in bytes.
+    pub after: u64,
+    /// By which means: "memory.reclaim" or "process_madvise".
+    pub engine: &'static str,
+}
+
 /// A restore that has succeeded.
 pub struct Restored {
     /// The new init process.
@@ -181,6 +192,9 @@ pub enum RuntimeError {
     /// The dump was given up because something needs the agent awake. The agent runs.
     #[error("given up, because something needs the agent awake")]
     Vetoed,
+    /// The agent has something to do now. It runs, and may sleep a moment later.
+    #[error("{0}")]
+    Busy(String),
     /// Anything else: what failed, on what, and why.
     #[error("{0}")]
     Failed(String),
@@ -203,10 +217,22 @@ pub trait Runtime: Send + Sync {
     fn close_stdin(&self, exec_id: Option<&str>) -> Result<(), RuntimeError>;
     /// Changes limits; with `asleep` through the cgroup alone, and again by the OCI runtime after the wake.
     async fn update(&self, resources: &LinuxResources, asleep: bool) -> Result<(), RuntimeError>;
+    /// Completes when all memory of the last wake is there, and has it come as fast as possible.
+    async fn settle(&self) {}
     /// Freezes all processes; on error none is frozen.
     async fn freeze(&self) -> Result<(), RuntimeError>;
-    /// Thaws all processes.
+    /// From now until the next thaw, dump or [`Self::unwatch`], [`Self::demand`] also notices what would have made the
+    /// frozen container run. [`RuntimeError::Busy`] when it has something to do now, or not all of its memory yet.
+    async fn watch(&self) -> Result<(), RuntimeError>;
+    /// Ends the watch.
+    fn unwatch(&self);
+    /// Thaws all processes; ends the watch.
     async fn thaw(&self) -> Result<(), RuntimeError>;
+    /// Whether there is anything that the memory of the container could be pushed out to; the error says why not.
+    fn can_reclaim(&self) -> Result<(), RuntimeError>;
+    /// Pushes the memory of the frozen container out, step by step until the veto is raised: all that goes, or until
+    /// the time limit. The container may be thawed meanwhile.
+    async fn reclaim(&self, veto: Veto) -> Result<ReclaimReport, RuntimeError>;
     /// Dumps the container and ends its processes. On any error it runs on.
     async fn dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError>;
     /// Restores it from its newest image. On any error the image is as before and no process is left.

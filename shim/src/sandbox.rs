@@ -1,16 +1,20 @@
 //! A sandbox sleeps and wakes as one.
 //!
-//! Going to sleep, all of its containers are frozen before the first is dumped, so that none sees another gone. Waking,
+//! Going to sleep, all of its containers are frozen before the first goes deeper, so that none sees another gone. Waking,
 //! whatever wakes one wakes the others. The pause container never sleeps, and neither do those that the pod's annotation
 //! [`CONTAINERS`] leaves out.
+
+use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
 use crate::{
     container::{Handle, Transition},
     error::TaskError,
-    lifecycle::{Depth, FrozenBy, Refusal, State},
+    lifecycle::{Depth, Refusal, State},
+    runtime::RuntimeError,
     task::Containers,
+    wake::WakeCause,
 };
 
 /// The pod's annotation with the names of the containers that sleep, separated by commas; the others stay awake.
@@ -78,85 +82,193 @@ async fn of_all<T: Send + 'static>(
     done
 }
 
+/// How long an agent that is at work is asked again whether it can sleep now.
+const BUSY: Duration = Duration::from_millis(300);
+/// How long it is left at work in between.
+const AT_WORK: Duration = Duration::from_millis(10);
+
+/// What a request to sleep asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Wish {
+    /// None for the deepest.
+    pub depth: Option<Depth>,
+    /// Where it does not work, a shallower depth will do.
+    pub or_shallower: bool,
+}
+
+impl Wish {
+    fn depth_for(self, handle: &Handle) -> Depth {
+        self.depth.unwrap_or_else(|| handle.runtime().deepest())
+    }
+}
+
+/// A depth that did not work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortfall {
+    /// The depth.
+    pub depth: Depth,
+    /// Why it did not work.
+    pub reason: String,
+}
+
+/// A container that fell asleep, or deeper asleep.
+pub struct Slept {
+    /// The container.
+    pub handle: Handle,
+    /// Its sleep.
+    pub transition: Transition,
+    /// The deeper depths that did not work, deepest first.
+    pub shortfalls: Vec<Shortfall>,
+}
+
+/// Whether an error speaks against this moment alone: its agent has something to do.
+fn is_busy(error: &TaskError) -> bool {
+    matches!(error, TaskError::Runtime { source: RuntimeError::Busy(_), .. })
+}
+
+/// Whether an error speaks against this depth rather than against any.
+fn rules_out_the_depth(error: &TaskError) -> bool {
+    match error {
+        TaskError::Runtime { source, .. } => !matches!(source, RuntimeError::Vetoed | RuntimeError::Busy(_)),
+        _ => false,
+    }
+}
+
+/// Puts a container to sleep in a moment when it has nothing to do.
+async fn sleep_when_idle(handle: &Handle, depth: Depth) -> Result<Transition, TaskError> {
+    if depth < Depth::Checkpointed {
+        // A dump waits for that by itself, and can be given up meanwhile.
+        handle.runtime().settle().await;
+    }
+    let begun = Instant::now();
+    loop {
+        match handle.sleep(depth).await {
+            Err(error) if is_busy(&error) && begun.elapsed() < BUSY => tokio::time::sleep(AT_WORK).await,
+            other => return other,
+        }
+    }
+}
+
+/// Puts one container to sleep as it was asked for.
+async fn sleep_one(handle: &Handle, wish: Wish) -> Result<Slept, TaskError> {
+    let mut shortfalls = Vec::new();
+    let mut depth = wish.depth_for(handle);
+    loop {
+        let transition = match (sleep_when_idle(handle, depth).await, depth.shallower()) {
+            (Err(error), Some(shallower)) if wish.or_shallower && rules_out_the_depth(&error) => {
+                shortfalls.push(Shortfall { depth, reason: error.to_string() });
+                depth = shallower;
+                continue;
+            }
+            // It could not be deepened, and sleeps on.
+            (Err(TaskError::Refused { refusal: Refusal::AlreadyAsleep(now), id }), _)
+                if !shortfalls.is_empty() && now >= depth =>
+            {
+                let last = handle.snapshot().last_sleep;
+                last.ok_or(TaskError::Refused { id, refusal: Refusal::AlreadyAsleep(now) })?
+            }
+            (slept, _) => slept?,
+        };
+        return Ok(Slept { handle: handle.clone(), transition, shortfalls });
+    }
+}
+
 /// Puts containers to sleep, all or none, and gives back those that fell asleep: of several, one that sleeps that deep
-/// already is as it should be. Without a depth each goes as deep as it can.
+/// already is as it should be. Where a shallower depth will do, each goes as deep as it can by itself: whatever wakes
+/// one wakes the others, from wherever they are.
 ///
 /// # Errors
 /// When one cannot; the others run on then, or run again.
-pub async fn sleep(
-    sandbox: &str,
-    targets: Vec<Handle>,
-    asked: Option<Depth>,
-) -> Result<Vec<(Handle, Transition)>, TaskError> {
+pub async fn sleep(sandbox: &str, targets: Vec<Handle>, wish: Wish) -> Result<Vec<Slept>, TaskError> {
     if let [one] = targets.as_slice() {
-        let depth = asked.unwrap_or_else(|| one.runtime().deepest());
-        return Ok(vec![(one.clone(), one.sleep(depth).await?)]);
+        return Ok(vec![sleep_one(one, wish).await?]);
     }
-    // Those that sleep already are none of its business when it fails.
-    let awake: Vec<Handle> =
-        targets.iter().filter(|handle| handle.snapshot().depth().is_none()).cloned().collect();
-    let slept = freeze_and_deepen(sandbox, &targets, asked).await;
-    if slept.is_err() {
-        for woken in of_all(awake.into_iter().map(wake_or_join)).await {
+    let begun = Instant::now();
+    loop {
+        // Those that sleep already are none of its business when it fails.
+        let awake: Vec<Handle> =
+            targets.iter().filter(|handle| !handle.snapshot().state.sleeps()).cloned().collect();
+        let error = match freeze_and_deepen(sandbox, &targets, wish).await {
+            Ok(slept) => return Ok(slept),
+            Err(error) => error,
+        };
+        let waking = awake.into_iter().map(|handle| async move { handle.demand(WakeCause::Sandbox).await });
+        for woken in of_all(waking).await {
             if let Err(error) = woken {
                 warn!(%sandbox, %error, "after a failed sleep of its sandbox");
             }
         }
+        if !is_busy(&error) || begun.elapsed() >= BUSY {
+            return Err(error);
+        }
+        tokio::time::sleep(AT_WORK).await;
     }
-    slept
 }
 
-async fn freeze_and_deepen(
-    sandbox: &str,
-    targets: &[Handle],
-    asked: Option<Depth>,
-) -> Result<Vec<(Handle, Transition)>, TaskError> {
-    let frozen = sleep_each(targets, |_| Depth::Frozen).await?;
-    let deepest = |handle: &Handle| asked.unwrap_or_else(|| handle.runtime().deepest());
-    let deepening: Vec<Handle> =
-        targets.iter().filter(|handle| deepest(handle) > Depth::Frozen).cloned().collect();
-    if let Some(woken) = deepening.iter().find(|handle| handle.snapshot().depth().is_none()) {
-        let reason = format!("sandbox {sandbox}: {} was woken while it fell asleep", woken.id());
-        return Err(TaskError::Dependency(reason));
-    }
-    let dumped = sleep_each(&deepening, deepest).await?;
-    Ok(targets
-        .iter()
-        .zip(frozen.into_iter().map(|(_, slept)| slept))
-        .filter_map(|(handle, first)| {
-            let second = dumped.iter().find(|(dumped, _)| dumped.same_as(handle));
-            let both = joined(first, second.and_then(|(_, slept)| slept.clone()))?;
-            Some((handle.clone(), both))
-        })
-        .collect())
-}
-
-/// Puts each to sleep at the same time; nothing for one that sleeps that deep already.
-async fn sleep_each(
-    targets: &[Handle],
-    depth: impl Fn(&Handle) -> Depth,
-) -> Result<Vec<(Handle, Option<Transition>)>, TaskError> {
-    let work = targets.iter().map(|handle| {
-        let (handle, depth) = (handle.clone(), depth(handle));
-        async move {
-            match handle.sleep(depth).await {
-                Err(TaskError::Refused { refusal: Refusal::AlreadyAsleep(now), .. }) if now >= depth => {
-                    Ok((handle, None))
-                }
-                other => other.map(|slept| (handle, Some(slept))),
-            }
+async fn freeze_and_deepen(sandbox: &str, targets: &[Handle], wish: Wish) -> Result<Vec<Slept>, TaskError> {
+    let freezing = targets.iter().cloned().map(|handle| async move {
+        match sleep_when_idle(&handle, Depth::Frozen).await {
+            Err(TaskError::Refused { refusal: Refusal::AlreadyAsleep(_), .. }) => Ok(None),
+            slept => slept.map(Some),
         }
     });
-    of_all(work).await.into_iter().collect()
+    let frozen: Vec<Option<Transition>> = of_all(freezing).await.into_iter().collect::<Result<_, _>>()?;
+    all_sleep(sandbox, targets)?;
+    let deepening = targets.iter().cloned().map(move |handle| async move {
+        let depth = wish.depth_for(&handle);
+        if depth == Depth::Frozen {
+            return Ok(None);
+        }
+        match sleep_one(&handle, wish).await {
+            Err(TaskError::Refused { refusal: Refusal::AlreadyAsleep(now), .. }) if now >= depth => Ok(None),
+            slept => slept.map(Some),
+        }
+    });
+    let deepened: Vec<Option<Slept>> = of_all(deepening).await.into_iter().collect::<Result<_, _>>()?;
+    all_sleep(sandbox, targets)?;
+    let joined = targets.iter().zip(frozen).zip(deepened).filter_map(|((handle, first), second)| {
+        let (second, shortfalls) =
+            second.map_or((None, Vec::new()), |slept| (Some(slept.transition), slept.shortfalls));
+        Some(Slept { handle: handle.clone(), transition: joined(first, second)?, shortfalls })
+    });
+    Ok(joined.collect())
 }
 
-/// A freeze and the dump that followed it as one sleep: the agent has stood still since the freeze.
+/// Whether all sleep, as they were made to.
+///
+/// # Errors
+/// When one has been woken meanwhile; [`RuntimeError::Busy`] when it has woken by itself.
+fn all_sleep(sandbox: &str, targets: &[Handle]) -> Result<(), TaskError> {
+    let woken: Vec<&Handle> = targets.iter().filter(|handle| !handle.snapshot().state.sleeps()).collect();
+    let cause = |handle: &&Handle| handle.snapshot().last_wake.and_then(|woke| woke.cause);
+    let by_itself = |cause: WakeCause| matches!(cause, WakeCause::Traffic | WakeCause::Timer);
+    let Some(first) = woken.first() else { return Ok(()) };
+    let own = woken.iter().find(|handle| cause(handle).is_some_and(by_itself));
+    if let Some(own) = own
+        && woken
+            .iter()
+            .all(|handle| cause(handle).is_some_and(|of| by_itself(of) || of == WakeCause::Sandbox))
+    {
+        return Err(TaskError::Runtime {
+            id: own.id().to_owned(),
+            what: "was woken while it fell asleep",
+            source: RuntimeError::Busy("something that it waits for has come".to_owned()),
+        });
+    }
+    let reason = format!("sandbox {sandbox}: {} was woken while it fell asleep", first.id());
+    Err(TaskError::Dependency(reason))
+}
+
+/// A freeze and what followed it as one sleep: the agent has stood still since the freeze.
 fn joined(first: Option<Transition>, second: Option<Transition>) -> Option<Transition> {
     match (first, second) {
-        (Some(frozen), Some(dumped)) => {
-            let before = dumped.at.duration_since(frozen.at).unwrap_or_default();
-            let total = (frozen.total + before).max(dumped.total);
-            Some(Transition { total, stopped: before.max(dumped.stopped), ..dumped })
+        (Some(frozen), Some(deeper)) => {
+            let before = deeper.at.duration_since(frozen.at).unwrap_or_default();
+            let total = (frozen.total + before).max(deeper.total);
+            // Of a sleep with its processes in place there is no moment when they were gone.
+            let stopped =
+                if deeper.depth == Depth::Checkpointed { before.max(deeper.stopped) } else { deeper.stopped };
+            Some(Transition { total, stopped, ..deeper })
         }
         (first, second) => second.or(first),
     }
@@ -198,11 +310,9 @@ async fn wake_or_join(handle: Handle) -> Result<Option<Transition>, TaskError> {
 
 /// Whether a container that was in one state is now on its way out of a sleep.
 fn has_been_woken(before: State, now: State) -> bool {
-    let slept =
-        matches!(before, State::Frozen { by: FrozenBy::Sleep } | State::Dumping { .. } | State::Checkpointed);
     let wakes = matches!(now, State::Running | State::Restoring { .. } | State::Dumping { woken: true, .. });
     // A dump that begins, fails or is woken once more is told by the first of its changes.
-    slept && wakes && !matches!((before, now), (State::Dumping { woken: true, .. }, _))
+    before.sleeps() && wakes && !matches!((before, now), (State::Dumping { woken: true, .. }, _))
 }
 
 /// Wakes the others of a container's sandbox whenever it is woken, until it is deleted.
@@ -214,14 +324,9 @@ pub async fn keep_company(containers: Containers, handle: Handle) {
         let now = changes.borrow_and_update().state;
         if has_been_woken(before, now) {
             let Ok(members) = members(&containers, &sandbox) else { continue };
-            let asleep = members.into_iter().filter(|other| {
-                let state = other.snapshot().state;
-                let sleeps = matches!(
-                    state,
-                    State::Frozen { by: FrozenBy::Sleep } | State::Dumping { .. } | State::Checkpointed
-                );
-                sleeps && !other.same_as(&handle)
-            });
+            let asleep = members
+                .into_iter()
+                .filter(|other| other.snapshot().state.sleeps() && !other.same_as(&handle));
             for other in asleep {
                 debug!(id = %handle.id(), other = %other.id(), "awake: it wakes the other");
                 tokio::spawn(wake_for_company(other));
@@ -232,9 +337,9 @@ pub async fn keep_company(containers: Containers, handle: Handle) {
 }
 
 async fn wake_for_company(other: Handle) {
-    match other.wake().await {
+    match other.demand(WakeCause::Sandbox).await {
         // Something else was faster.
-        Ok(_) | Err(TaskError::Refused { .. } | TaskError::Gone(_)) => {}
+        Ok(()) | Err(TaskError::Refused { .. } | TaskError::Gone(_)) => {}
         Err(error) => warn!(id = %other.id(), %error, "it sleeps on although its sandbox is awake"),
     }
 }
@@ -242,6 +347,7 @@ async fn wake_for_company(other: Handle) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lifecycle::FrozenBy;
 
     #[test]
     fn an_annotation_names_those_that_sleep() {
@@ -255,8 +361,10 @@ mod tests {
 
     #[test]
     fn only_the_end_of_a_sleep_wakes_the_others() {
-        let asleep = State::Frozen { by: FrozenBy::Sleep };
-        let dumping = |woken| State::Dumping { woken, killed: false, exited: false };
+        let frozen = |by| State::Frozen { by };
+        let asleep = frozen(FrozenBy::Sleep);
+        let dumping = |woken| State::Dumping { asleep: false, woken, killed: false, exited: false };
+        let deepening = |woken| State::Dumping { asleep: true, woken, killed: false, exited: false };
         let restoring = State::Restoring { killed: false };
         for (before, now) in [
             (asleep, State::Running),
@@ -264,16 +372,24 @@ mod tests {
             (State::Checkpointed, State::Running),
             (dumping(false), dumping(true)),
             (dumping(false), State::Running),
+            (deepening(false), deepening(true)),
+            (State::Reclaiming, State::Running),
+            (State::Reclaimed, State::Running),
         ] {
             assert!(has_been_woken(before, now), "{before:?} {now:?}");
         }
         for (before, now) in [
             (State::Running, State::Running),
             (asleep, dumping(false)),
+            (deepening(false), asleep),
+            (asleep, State::Reclaiming),
+            (State::Reclaiming, State::Reclaimed),
+            (State::Reclaimed, deepening(false)),
+            (State::Reclaimed, frozen(FrozenBy::Client)),
             (dumping(true), State::Running),
             (dumping(false), State::Checkpointed),
             (restoring, State::Running),
-            (State::Frozen { by: FrozenBy::Client }, State::Running),
+            (frozen(FrozenBy::Client), State::Running),
             (State::Checkpointed, State::Stopped),
             (State::Created, State::Running),
         ] {

@@ -28,6 +28,8 @@ pub enum WakeCause {
     Traffic,
     /// A time that it waits for has come.
     Timer,
+    /// Another container of its sandbox is awake, or could not sleep.
+    Sandbox,
 }
 
 impl WakeCause {
@@ -42,6 +44,7 @@ impl WakeCause {
             Self::Input => "input",
             Self::Traffic => "traffic",
             Self::Timer => "timer",
+            Self::Sandbox => "sandbox",
         }
     }
 }

@@ -14,7 +14,12 @@ use super::view::{Answer, Container, Outcome, Problem, Result as Done, Transitio
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Put it to sleep.
-    Sleep(Depth),
+    Sleep {
+        /// How deep.
+        depth: Depth,
+        /// A shallower depth will do.
+        or_shallower: bool,
+    },
     /// Wake it.
     Wake,
     /// Ask for its status.
@@ -25,7 +30,7 @@ impl Action {
     /// As in "cannot put agent to sleep".
     pub fn on(self, id: &str) -> String {
         match self {
-            Action::Sleep(_) => format!("put {id} to sleep"),
+            Action::Sleep { .. } => format!("put {id} to sleep"),
             Action::Wake => format!("wake {id}"),
             Action::Inspect => format!("inspect {id}"),
         }
@@ -94,8 +99,13 @@ async fn perform(
             let socket = found.endpoint.path.display().to_string();
             Ok(Done::Container(Box::new(Container::new(&container, socket))))
         }
-        Action::Sleep(depth) => {
-            let transitions = client.sleep(id, depth).await?;
+        Action::Sleep { depth, or_shallower } => {
+            let slept = if or_shallower {
+                client.sleep_or_shallower(id, depth).await
+            } else {
+                client.sleep(id, depth).await
+            };
+            let transitions = slept?;
             Ok(Done::Slept(with_memory(&transitions, &before, &client).await))
         }
         Action::Wake => {

@@ -44,6 +44,10 @@ pub enum Command {
         #[arg(long, value_enum)]
         depth: Option<DepthArg>,
 
+        /// Where that depth does not work, sleep at the next shallower one that does, and say why
+        #[arg(long)]
+        or_shallower: bool,
+
         /// How long to wait
         #[command(flatten)]
         patience: Patience,
@@ -125,7 +129,7 @@ mod tests {
             let args = Args::try_parse_from(line).unwrap();
             assert!(args.json);
             assert_eq!(args.namespace.as_deref(), Some("k8s.io"));
-            let Command::Sleep { ids, depth, patience } = args.command else {
+            let Command::Sleep { ids, depth, patience, .. } = args.command else {
                 panic!("not a sleep");
             };
             assert_eq!((ids, depth), (vec!["a".to_owned(), "b".to_owned()], Some(DepthArg::Frozen)));

@@ -53,8 +53,9 @@ async fn dispatch(args: &Args, out: &mut dyn Write, err: &mut dyn Write) -> Resu
     let (ids, action, timeouts) = match &args.command {
         Command::Ps => return ps(args, out).await,
         Command::Inspect { ids } => (ids, Action::Inspect, Timeouts::default()),
-        Command::Sleep { ids, depth, patience } => {
-            (ids, Action::Sleep(DepthArg::wanted(*depth)), patience.timeouts())
+        Command::Sleep { ids, depth, or_shallower, patience } => {
+            let action = Action::Sleep { depth: DepthArg::wanted(*depth), or_shallower: *or_shallower };
+            (ids, action, patience.timeouts())
         }
         Command::Wake { ids, patience } => (ids, Action::Wake, patience.timeouts()),
     };

@@ -158,6 +158,10 @@ pub fn slept(transition: &Transition) -> String {
         let _ = write!(line, "; image {}", bytes(transition.image_bytes));
     }
     line.push('\n');
+    for shortfall in &transition.shortfalls {
+        let depth = shortfall.depth.unwrap_or("deeper");
+        let _ = writeln!(line, "  not {depth}: {}", printable(&shortfall.reason));
+    }
     line
 }
 

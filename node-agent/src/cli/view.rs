@@ -64,6 +64,22 @@ pub struct Container {
     pub socket: String,
 }
 
+/// A depth that did not work.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Shortfall {
+    /// The depth.
+    pub depth: Option<&'static str>,
+    /// Why it did not work.
+    pub reason: String,
+}
+
+impl From<&control::Shortfall> for Shortfall {
+    fn from(shortfall: &control::Shortfall) -> Shortfall {
+        let depth = depth_name(shortfall.depth.enum_value().unwrap_or_default());
+        Shortfall { depth, reason: shortfall.reason.clone() }
+    }
+}
+
 /// A sleep or a wake that happened.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Transition {
@@ -92,6 +108,9 @@ pub struct Transition {
     /// What a wake was for: `request`, `resume`, `checkpoint`, `exec`, `signal`, `input`, `traffic`, `timer`; null for a
     /// sleep.
     pub cause: Option<String>,
+    /// Deeper depths that did not work for a sleep, deepest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shortfalls: Vec<Shortfall>,
     /// When it was done, in milliseconds since 1970.
     pub at_unix_ms: i64,
     /// Memory held before; null when it could not be asked.
@@ -243,6 +262,7 @@ impl From<&control::Transition> for Transition {
             whole_because: transition.whole_because.clone(),
             memory_bytes: transition.memory_bytes,
             cause: non_empty(&transition.cause),
+            shortfalls: transition.shortfalls.iter().map(Shortfall::from).collect(),
             at_unix_ms: transition.at_unix_ms,
             memory_before_bytes: None,
             memory_after_bytes: None,

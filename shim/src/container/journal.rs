@@ -21,6 +21,10 @@ const MAX_FILE: u64 = 64 << 10;
 pub enum Phase {
     /// Created or running: processes hold the state.
     Running,
+    /// Its cgroup is frozen, or about to be: processes hold the state.
+    Frozen,
+    /// Frozen, and its memory has been pushed out: processes hold the state, partly in swap.
+    Reclaimed,
     /// A dump is under way: processes hold the state until the image is complete.
     Dumping,
     /// The image holds the state.

@@ -21,7 +21,9 @@ use crate::{
     error::TaskError,
     events::EventSink,
     lifecycle::Depth,
-    runtime::{CheckpointConfig, ExecConfig, Process, ProcessExit, Runtime, RuntimeError, Stdio},
+    runtime::{
+        CheckpointConfig, ExecConfig, Process, ProcessExit, ReclaimReport, Runtime, RuntimeError, Stdio, Veto,
+    },
     wake::WakeCause,
 };
 
@@ -100,6 +102,10 @@ enum Message {
     ExecExited {
         exec_id: String,
         exit: ProcessExit,
+    },
+    Reclaimed {
+        veto: Veto,
+        result: Result<ReclaimReport, RuntimeError>,
     },
     Dumped(Result<crate::runtime::DumpReport, RuntimeError>),
     Restored(Result<crate::runtime::Restored, RuntimeError>),

@@ -46,10 +46,31 @@ pub struct Transition {
     pub whole_because: Option<String>,
     /// Of a sleep: what memory file systems hold on, in bytes.
     pub memory_bytes: u64,
+    /// Of a reclaim: memory held before and after, in bytes.
+    pub memory: Option<(u64, u64)>,
     /// Of a wake: what for.
     pub cause: Option<WakeCause>,
     /// When it was done.
     pub at: SystemTime,
+}
+
+impl Transition {
+    /// One that was done at this moment, of which only the depth is known.
+    pub fn now(depth: Depth) -> Self {
+        Self {
+            depth,
+            total: Duration::ZERO,
+            stopped: Duration::ZERO,
+            image_bytes: 0,
+            engine: "",
+            mode: "",
+            classic_because: None,
+            memory_bytes: 0,
+            memory: None,
+            cause: None,
+            at: SystemTime::now(),
+        }
+    }
 }
 
 /// A container as clients see it. The actor publishes a new one after each change.
@@ -118,7 +139,8 @@ impl Snapshot {
     /// How deep it sleeps, if it does.
     pub fn depth(&self) -> Option<Depth> {
         match self.state {
-            State::Frozen { by: FrozenBy::Sleep } => Some(Depth::Frozen),
+            State::Frozen { by: FrozenBy::Sleep } | State::Reclaiming => Some(Depth::Frozen),
+            State::Reclaimed => Some(Depth::Reclaimed),
             State::Checkpointed => Some(Depth::Checkpointed),
             _ => None,
         }

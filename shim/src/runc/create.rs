@@ -17,7 +17,7 @@ use rustix::process::Pid;
 use tracing::{info, warn};
 
 use super::{
-    Inner, RuncContainer, failed, has_own_pid_namespace, precondition,
+    Frozen, Inner, RuncContainer, failed, has_own_pid_namespace, precondition,
     process::{self, ProcessHandle, runc_error},
 };
 use crate::{
@@ -193,6 +193,7 @@ impl RuntimeFactory for RuncFactory {
                 last_pids: Vec::new(),
                 image: None,
                 fill: None,
+                frozen: Frozen::default(),
             }),
             updates: Arc::default(),
         };

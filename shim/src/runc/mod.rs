@@ -4,6 +4,7 @@ mod ahead;
 mod checkpoint;
 mod cleanup;
 mod create;
+mod freezer;
 mod process;
 mod sleep;
 pub mod state_file;
@@ -35,6 +36,7 @@ use tracing::{debug, info, warn};
 
 use self::{
     ahead::Ahead,
+    freezer::Frozen,
     process::{ProcessHandle, runc_error},
     updates::{Recorder, Updates},
 };
@@ -45,8 +47,11 @@ use crate::{
     limits,
     options::Options,
     reaper::Reaper,
-    rootfs,
-    runtime::{CheckpointConfig, DumpReport, ExecConfig, Process, Restored, Runtime, RuntimeError, Veto},
+    reclaim, rootfs,
+    runtime::{
+        CheckpointConfig, DumpReport, ExecConfig, Process, ReclaimReport, Restored, Runtime, RuntimeError,
+        Veto,
+    },
     stats,
     wake::WakeCause,
 };
@@ -97,6 +102,7 @@ struct Inner {
     image: Option<SleepImage>,
     /// Memory that comes, or came, after the last wake.
     fill: Option<Fill>,
+    frozen: Frozen,
 }
 
 /// What a checkpointed container is restored from.
@@ -340,15 +346,34 @@ impl Runtime for RuncContainer {
         self.updates.past_runc(resources.clone(), apply).await
     }
 
+    async fn settle(&self) {
+        // What has become of it is in the log, and a container without its memory has ended.
+        let _ = self.complete_fill().await;
+    }
+
     async fn freeze(&self) -> Result<(), RuntimeError> {
-        self.cgroup.freeze(FREEZE).await.map_err(failed)?;
-        self.io.set_asleep(true);
-        Ok(())
+        self.stop().await
+    }
+
+    async fn watch(&self) -> Result<(), RuntimeError> {
+        self.begin_watch().await
+    }
+
+    fn unwatch(&self) {
+        self.end_watch();
+    }
+
+    fn can_reclaim(&self) -> Result<(), RuntimeError> {
+        let swaps = std::path::Path::new("/proc/swaps");
+        reclaim::destination(self.cgroup.path(), swaps).map_err(precondition)
+    }
+
+    async fn reclaim(&self, veto: Veto) -> Result<ReclaimReport, RuntimeError> {
+        self.push_out(veto).await
     }
 
     async fn thaw(&self) -> Result<(), RuntimeError> {
-        self.cgroup.thaw().await.map_err(failed)?;
-        self.io.set_asleep(false);
+        self.go_on().await?;
         self.catch_up();
         Ok(())
     }
@@ -452,8 +477,10 @@ impl Runtime for RuncContainer {
     }
 
     async fn demand(&self) -> WakeCause {
-        self.io.input_waiting().await;
-        WakeCause::Input
+        tokio::select! {
+            () = self.io.input_waiting() => WakeCause::Input,
+            cause = self.stirred() => cause,
+        }
     }
 
     fn pids(&self) -> Vec<u32> {

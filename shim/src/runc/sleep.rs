@@ -399,6 +399,11 @@ impl RuncContainer {
         });
     }
 
+    /// Whether nothing more is to come of the last wake's memory.
+    pub(super) fn fill_is_complete(&self) -> bool {
+        self.lock().fill.as_ref().is_none_or(Fill::is_complete)
+    }
+
     /// Waits until all memory of the last wake is there: no dump may be without a part of it.
     pub(super) async fn complete_fill(&self) -> Result<(), RuntimeError> {
         let fill = self.lock().fill.clone();

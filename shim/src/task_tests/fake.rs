@@ -13,8 +13,8 @@ use oci_spec::runtime::LinuxResources;
 use tokio::sync::{Notify, oneshot};
 
 use crate::runtime::{
-    CheckpointConfig, CreateConfig, DumpReport, ExecConfig, Process, ProcessExit, Restored, Runtime,
-    RuntimeError, RuntimeFactory, Veto,
+    CheckpointConfig, CreateConfig, DumpReport, ExecConfig, Process, ProcessExit, ReclaimReport, Restored,
+    Runtime, RuntimeError, RuntimeFactory, Veto,
 };
 use crate::wake::WakeCause;
 
@@ -177,6 +177,24 @@ impl Runtime for Fake {
 
     async fn freeze(&self) -> Result<(), RuntimeError> {
         self.work("freeze", "freeze".to_owned()).await
+    }
+
+    async fn watch(&self) -> Result<(), RuntimeError> {
+        self.outcome("watch")
+    }
+
+    fn unwatch(&self) {}
+
+    fn can_reclaim(&self) -> Result<(), RuntimeError> {
+        self.outcome("can reclaim")
+    }
+
+    async fn reclaim(&self, veto: Veto) -> Result<ReclaimReport, RuntimeError> {
+        self.work("reclaim", "reclaim".to_owned()).await?;
+        if veto.is_raised() {
+            return Err(RuntimeError::Vetoed);
+        }
+        Ok(ReclaimReport { before: 4096, after: 1024, engine: "memory.reclaim" })
     }
 
     async fn thaw(&self) -> Result<(), RuntimeError> {

@@ -347,7 +347,6 @@ async fn frozen_is_a_sleep_that_deepens_without_waking() {
     shim.fake.calls();
     shim.kill("", 15, false).await.unwrap();
     assert_eq!(shim.fake.calls(), ["thaw", "signal 15 to init all=false"]);
-    assert_eq!(code(shim.sleep_at(WireDepth::DEPTH_RECLAIMED).await), Code::UNIMPLEMENTED);
 }
 
 #[tokio::test]
@@ -471,4 +470,111 @@ async fn of_several_reasons_the_first_is_told() {
     second.await.unwrap().unwrap();
     assert_eq!(shim.inspect().await.last_wake.unwrap().cause, "traffic");
     assert_eq!(shim.fake.calls().iter().filter(|call| *call == "restore").count(), 1);
+}
+
+impl Shim {
+    async fn sleep_or_shallower(&self, depth: WireDepth) -> ttrpc::Result<agentcube_control::Transition> {
+        let request = SleepRequest {
+            id: "c".to_owned(),
+            depth: EnumOrUnknown::new(depth),
+            or_shallower: true,
+            ..Default::default()
+        };
+        Ok(self.control().sleep(&ctx(), request).await?.transitions.remove(0))
+    }
+
+    fn depth(&self) -> Option<crate::lifecycle::Depth> {
+        self.containers.get("c").unwrap().snapshot().depth()
+    }
+}
+
+#[tokio::test]
+async fn a_sleep_deepens_from_frozen_to_reclaimed_to_checkpointed() {
+    let shim = Shim::running().await;
+    for depth in [WireDepth::DEPTH_FROZEN, WireDepth::DEPTH_RECLAIMED, WireDepth::DEPTH_CHECKPOINTED] {
+        let slept = shim.sleep_at(depth).await.unwrap().transitions.remove(0);
+        assert_eq!(slept.depth.unwrap(), depth);
+        assert_eq!(shim.inspect().await.depth.unwrap(), depth);
+        if depth == WireDepth::DEPTH_RECLAIMED {
+            assert_eq!((slept.memory_before_bytes, slept.memory_after_bytes), (4096, 1024));
+            assert_eq!(shim.phase(), Phase::Reclaimed);
+        }
+    }
+    assert_eq!(shim.fake.calls(), ["freeze", "reclaim", "dump"]);
+    assert_eq!(shim.inspect().await.wakes, 0);
+}
+
+#[tokio::test]
+async fn a_wake_during_a_reclaim_is_served_at_once_and_the_sleep_is_told_why_it_failed() {
+    let shim = Shim::running().await;
+    shim.fake.hold("reclaim");
+    let sleeping = beside!(shim, |_, control: ControlService| async move {
+        let depth = EnumOrUnknown::new(WireDepth::DEPTH_RECLAIMED);
+        let request = SleepRequest { id: "c".to_owned(), depth, ..Default::default() };
+        control.sleep(&ctx(), request).await
+    });
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_FALLING_ASLEEP);
+    assert_eq!(shim.wake().await.unwrap(), 1);
+    assert_eq!(code(sleeping.await.unwrap()), Code::ABORTED);
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
+    // The end of the one that was given up is not taken for that of the next.
+    shim.sleep_at(WireDepth::DEPTH_FROZEN).await.unwrap();
+    shim.fake.release();
+    settle().await;
+    assert_eq!(shim.depth(), Some(crate::lifecycle::Depth::Frozen));
+}
+
+#[tokio::test]
+async fn without_swap_nothing_is_reclaimed_and_a_shallower_depth_will_do_if_asked_for() {
+    let shim = Shim::running().await;
+    let nowhere = || RuntimeError::FailedPrecondition("there is nothing to reclaim to".to_owned());
+    shim.fake.fail_next("can reclaim", nowhere());
+    let refused = shim.sleep_at(WireDepth::DEPTH_RECLAIMED).await;
+    assert!(message(refused).contains("nothing to reclaim to"));
+    assert_eq!((shim.depth(), shim.fake.calls()), (None, vec![]));
+
+    shim.fake.fail_next("dump", RuntimeError::FailedPrecondition("io_uring".to_owned()));
+    shim.fake.fail_next("can reclaim", nowhere());
+    let slept = shim.sleep_or_shallower(WireDepth::DEPTH_UNSPECIFIED).await.unwrap();
+    assert_eq!(slept.depth.unwrap(), WireDepth::DEPTH_FROZEN);
+    let reasons: Vec<_> = slept.shortfalls.iter().map(|fall| (fall.depth.unwrap(), &fall.reason)).collect();
+    assert_eq!(reasons.len(), 2);
+    assert!(
+        reasons[0].0 == WireDepth::DEPTH_CHECKPOINTED && reasons[0].1.contains("io_uring"),
+        "{reasons:?}"
+    );
+    assert!(reasons[1].0 == WireDepth::DEPTH_RECLAIMED && reasons[1].1.contains("nothing to"), "{reasons:?}");
+
+    // Asked again, it sleeps on and says why it does not sleep deeper.
+    shim.fake.fail_next("dump", RuntimeError::FailedPrecondition("io_uring".to_owned()));
+    shim.fake.fail_next("can reclaim", nowhere());
+    let slept = shim.sleep_or_shallower(WireDepth::DEPTH_CHECKPOINTED).await.unwrap();
+    assert_eq!((slept.depth.unwrap(), slept.shortfalls.len()), (WireDepth::DEPTH_FROZEN, 2));
+    assert_eq!(shim.inspect().await.wakes, 0, "a failed dump of a sleeping agent is no wake");
+}
+
+#[tokio::test]
+async fn an_agent_at_work_is_asked_again_and_left_alone_if_it_stays_so() {
+    let shim = Shim::running().await;
+    let busy = || RuntimeError::Busy("it is at work".to_owned());
+    shim.fake.fail_next("watch", busy());
+    shim.sleep_at(WireDepth::DEPTH_FROZEN).await.unwrap();
+    assert_eq!(shim.fake.calls(), ["freeze", "thaw", "freeze"]);
+    shim.wake().await.unwrap();
+    for _ in 0..200 {
+        shim.fake.fail_next("watch", busy());
+    }
+    let refused = shim.sleep_at(WireDepth::DEPTH_FROZEN).await;
+    assert_eq!(code(refused), Code::ABORTED);
+    assert_eq!(shim.status().await, Status::RUNNING);
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
+}
+
+#[tokio::test]
+async fn a_reclaim_that_fails_leaves_it_frozen() {
+    let shim = Shim::running().await;
+    shim.fake.fail_next("reclaim", RuntimeError::Failed("the kernel pushed nothing out".to_owned()));
+    assert!(message(shim.sleep_at(WireDepth::DEPTH_RECLAIMED).await).contains("sleeps frozen"));
+    assert_eq!(shim.depth(), Some(crate::lifecycle::Depth::Frozen));
+    assert_eq!(shim.wake().await.unwrap(), 1);
 }

@@ -57,6 +57,7 @@ fn transition() -> Transition {
         whole_because: String::new(),
         memory_bytes: 0,
         cause: None,
+        shortfalls: Vec::new(),
         at_unix_ms: NOW - 200_000,
         memory_before_bytes: None,
         memory_after_bytes: None,

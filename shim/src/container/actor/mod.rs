@@ -220,6 +220,7 @@ impl Actor {
                 }
             }
             Message::ExecExited { exec_id, exit } => self.exec_exited(&exec_id, exit),
+            Message::Reclaimed { veto, result } => self.reclaimed(&veto, result).await,
             Message::Dumped(result) => self.dumped(result).await,
             Message::Restored(result) => self.restored(result).await,
             Message::MemoryLost(reason) => self.memory_lost(reason),
@@ -251,8 +252,9 @@ impl Actor {
                 let Err(error) = self.perform(effect).await else { continue };
                 failure = failure.or(Some(error));
                 next = match (effect, before, step.next) {
-                    (Effect::Freeze, ..) => Some(Event::FreezeFailed),
-                    (Effect::Thaw, State::Frozen { by }, State::Running) if event != Event::FreezeFailed => {
+                    (Effect::Freeze | Effect::Watch, ..) => Some(Event::FreezeFailed),
+                    (Effect::Thaw, _, State::Running) if event != Event::FreezeFailed => {
+                        let State::Frozen { by } = frozen(before) else { continue };
                         self.note_error(failure.as_ref());
                         Some(Event::ThawFailed(by))
                     }
@@ -292,15 +294,21 @@ impl Actor {
         if before == next {
             return;
         }
-        let asleep = matches!(before, State::Frozen { by: FrozenBy::Sleep });
+        let depth = match before {
+            State::Frozen { by: FrozenBy::Sleep }
+            | State::Reclaiming
+            | State::Dumping { asleep: true, killed: false, .. } => Some(Depth::Frozen),
+            State::Reclaimed => Some(Depth::Reclaimed),
+            _ => None,
+        };
         match next {
             State::Restoring { .. } if self.waking.is_none() => {
                 let image_bytes = self.snapshot.borrow().image.as_ref().map_or(0, |(_, bytes)| *bytes);
                 self.waking = Some(self.waking_from(Depth::Checkpointed, image_bytes));
             }
             State::Frozen { .. } => self.waking = None,
-            State::Running if asleep && event != Event::FreezeFailed => {
-                self.waking = Some(self.waking_from(Depth::Frozen, 0));
+            State::Running if event != Event::FreezeFailed => {
+                self.waking = depth.map(|depth| self.waking_from(depth, 0)).or(self.waking.take());
             }
             _ => {}
         }
@@ -323,11 +331,19 @@ impl Actor {
                 self.beside(async move { Message::Started(runtime.start().await) });
             }
             Effect::Freeze => {
+                self.record(Phase::Frozen);
                 self.runtime.freeze().await.map_err(|error| self.failed("cannot be frozen", error))?;
             }
+            Effect::Watch => {
+                self.runtime.watch().await.map_err(|error| self.failed("cannot sleep frozen", error))?;
+            }
+            Effect::Unwatch => self.runtime.unwatch(),
             Effect::Thaw => {
                 self.runtime.thaw().await.map_err(|error| self.failed("cannot be thawed", error))?;
+                self.record(Phase::Running);
             }
+            Effect::Reclaim => self.begin_reclaim(),
+            Effect::CancelReclaim => self.cancel_reclaim(),
             Effect::Dump => self.begin_dump().await,
             Effect::CancelDump => {
                 if let Some(falling) = &self.falling {
@@ -418,6 +434,14 @@ impl Deferred {
             | Self::Demand { reply } => answer(reply, Err(error)),
             Self::Wake { reply } => answer(reply, Err(error)),
         }
+    }
+}
+
+/// The state as far as the freezer knows it.
+fn frozen(state: State) -> State {
+    match state {
+        State::Reclaiming | State::Reclaimed => State::Frozen { by: FrozenBy::Sleep },
+        other => other,
     }
 }
 

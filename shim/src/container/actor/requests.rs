@@ -73,6 +73,8 @@ impl Actor {
                 answer(reply, killed);
             }
             State::Frozen { by: FrozenBy::Sleep }
+            | State::Reclaiming
+            | State::Reclaimed
             | State::Dumping { .. }
             | State::Checkpointed
             | State::Restoring { .. } => {
@@ -118,7 +120,12 @@ impl Actor {
         }
         let asleep = matches!(
             state,
-            State::Dumping { .. } | State::Checkpointed | State::Restoring { .. } | State::Frozen { .. }
+            State::Frozen { .. }
+                | State::Reclaiming
+                | State::Reclaimed
+                | State::Dumping { .. }
+                | State::Checkpointed
+                | State::Restoring { .. }
         );
         let (runtime, id) = (self.runtime.clone(), self.id.clone());
         tokio::spawn(async move {
@@ -132,14 +139,16 @@ impl Actor {
     /// not; so a sleeping one is woken for it.
     pub(super) async fn checkpoint(&mut self, config: CheckpointConfig, reply: Reply<()>) {
         match self.state() {
-            State::Running | State::Frozen { .. } => {}
+            State::Running | State::Frozen { .. } | State::Reclaimed => {}
             State::Checkpointed | State::Restoring { .. } => {
                 return self.need(WakeCause::Checkpoint, Deferred::Checkpoint { config, reply }).await;
             }
             State::Created | State::Starting { .. } => {
                 return answer(reply, Err(self.refused(Refusal::NotStarted)));
             }
-            State::Dumping { .. } => return answer(reply, Err(self.refused(Refusal::FallingAsleep))),
+            State::Dumping { .. } | State::Reclaiming => {
+                return answer(reply, Err(self.refused(Refusal::FallingAsleep)));
+            }
             State::Stopped => return answer(reply, Err(self.refused(Refusal::Ended))),
         }
         self.checkpoints += 1;

@@ -1,6 +1,6 @@
 //! Falling asleep and waking, and the requests that wait for that.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Instant;
 
 use containerd_shim::protos::events::task::TaskResumed;
 use tokio::sync::oneshot;
@@ -14,41 +14,46 @@ use crate::{
     container::Message,
     error::TaskError,
     lifecycle::{Depth, DumpOutcome, Event, Refusal, State},
-    runtime::{DumpReport, Restored, RuntimeError, Veto},
+    runtime::{DumpReport, ReclaimReport, Restored, RuntimeError, Veto},
     wake::WakeCause,
 };
+
+/// A sleep in the freezer that was asked for at `since`.
+fn froze(since: Instant) -> Transition {
+    Transition { total: since.elapsed(), engine: FREEZER, ..Transition::now(Depth::Frozen) }
+}
 
 impl Actor {
     pub(super) async fn sleep(&mut self, depth: Depth, reply: Reply<Transition>) {
         let since = Instant::now();
         // The dump's veto must exist before the dump begins; a refused sleep must not disturb one under way.
+        if depth == Depth::Reclaimed
+            && let Err(error) = self.runtime.can_reclaim()
+        {
+            return answer(
+                reply,
+                Err(self.failed("its memory cannot be reclaimed, and it stays as it is", error)),
+            );
+        }
         let fresh = self.falling.is_none();
+        let deeper = self.state().sleeps();
         if fresh {
             self.falling = Some(Falling { since, veto: Veto::default(), reply: None });
         }
         let outcome = self.apply(Event::Sleep(depth)).await;
         match (outcome, self.state()) {
-            (Ok(()), State::Dumping { .. }) => {
+            (Ok(()), state @ (State::Dumping { .. } | State::Reclaiming)) => {
+                if state == State::Reclaiming && !deeper {
+                    self.fell_asleep(froze(since), deeper);
+                }
                 if let Some(falling) = &mut self.falling {
                     falling.reply = Some(reply);
                 }
             }
             (Ok(()), _) => {
                 self.falling = None;
-                let slept = Transition {
-                    depth,
-                    total: since.elapsed(),
-                    stopped: Duration::ZERO,
-                    image_bytes: 0,
-                    engine: FREEZER,
-                    mode: "",
-                    classic_because: None,
-                    whole_because: None,
-                    memory_bytes: 0,
-                    cause: None,
-                    at: SystemTime::now(),
-                };
-                self.fell_asleep(slept.clone());
+                let slept = froze(since);
+                self.fell_asleep(slept.clone(), deeper);
                 answer(reply, Ok(slept));
             }
             (Err(error), _) => {
@@ -60,7 +65,8 @@ impl Actor {
         }
     }
 
-    pub(super) fn fell_asleep(&mut self, slept: Transition) {
+    /// Takes note of a sleep; one that slept before and sleeps deeper now has fallen asleep once.
+    pub(super) fn fell_asleep(&mut self, slept: Transition, deeper: bool) {
         let (depth, mode, ms) = (slept.depth, slept.mode, slept.total.as_millis());
         match &slept.classic_because {
             None => info!(id = %self.id, %depth, mode, ms, "asleep"),
@@ -68,10 +74,61 @@ impl Actor {
         }
         self.deaf_until = None;
         self.snapshot.send_modify(|now| {
-            now.sleeps += 1;
+            now.sleeps += u64::from(!deeper);
             now.last_sleep = Some(slept);
             now.last_error = None;
         });
+    }
+
+    pub(super) fn begin_reclaim(&mut self) {
+        let veto = self.falling.as_ref().map(|falling| falling.veto.clone()).unwrap_or_default();
+        let runtime = self.runtime.clone();
+        self.beside(async move {
+            let result = runtime.reclaim(veto.clone()).await;
+            Message::Reclaimed { veto, result }
+        });
+    }
+
+    /// Whoever asked for the reclaim learns at once that it was given up; its last step may take a little longer.
+    pub(super) fn cancel_reclaim(&mut self) {
+        let Some(falling) = self.falling.take() else { return };
+        falling.veto.raise();
+        if let Some(reply) = falling.reply {
+            answer(reply, Err(self.failed("its memory is not reclaimed", RuntimeError::Vetoed)));
+        }
+    }
+
+    pub(super) async fn reclaimed(&mut self, veto: &Veto, result: Result<ReclaimReport, RuntimeError>) {
+        // The end of one that was given up is of no interest to anybody: another may be under way.
+        if veto.is_raised() {
+            return;
+        }
+        let falling = self.falling.take();
+        let since = falling.as_ref().map_or_else(Instant::now, |falling| falling.since);
+        let ok = result.is_ok();
+        let answered = match result {
+            Ok(ReclaimReport { before, after, engine }) => {
+                let slept = Transition {
+                    total: since.elapsed(),
+                    engine,
+                    memory: Some((before, after)),
+                    ..Transition::now(Depth::Reclaimed)
+                };
+                self.record(Phase::Reclaimed);
+                info!(id = %self.id, before, after, engine, "memory reclaimed");
+                self.fell_asleep(slept.clone(), true);
+                Ok(slept)
+            }
+            Err(error) => {
+                warn!(id = %self.id, %error, "its memory could not be reclaimed: it sleeps on, frozen");
+                self.snapshot.send_modify(|now| now.last_error = Some(error.to_string()));
+                Err(self.failed("its memory cannot be reclaimed, and it sleeps frozen", error))
+            }
+        };
+        self.note(Event::ReclaimDone { ok }).await;
+        if let Some(reply) = falling.and_then(|falling| falling.reply) {
+            answer(reply, answered);
+        }
     }
 
     pub(super) async fn begin_dump(&mut self) {
@@ -94,7 +151,6 @@ impl Actor {
         let (outcome, answered) = match result {
             Ok(report) => {
                 let slept = Transition {
-                    depth: Depth::Checkpointed,
                     total: since.elapsed(),
                     stopped: report.stopped,
                     image_bytes: report.image_bytes,
@@ -103,22 +159,28 @@ impl Actor {
                     classic_because: report.classic_because,
                     whole_because: report.whole_because,
                     memory_bytes: report.memory_bytes,
-                    cause: None,
-                    at: SystemTime::now(),
+                    ..Transition::now(Depth::Checkpointed)
                 };
                 self.snapshot
                     .send_modify(|now| now.image = Some((report.image_dir.clone(), report.image_bytes)));
                 self.record(Phase::Checkpointed);
-                self.fell_asleep(slept.clone());
+                let deeper = matches!(self.state(), State::Dumping { asleep: true, .. });
+                self.fell_asleep(slept.clone(), deeper);
                 (DumpOutcome::Complete, Ok(slept))
             }
             Err(error) => {
                 self.record(Phase::Running);
-                warn!(id = %self.id, %error, "the agent could not be put to sleep and runs on");
+                warn!(id = %self.id, %error, "the agent could not be dumped");
                 if !matches!(error, RuntimeError::Vetoed) {
                     self.snapshot.send_modify(|now| now.last_error = Some(error.to_string()));
                 }
-                (DumpOutcome::Abandoned, Err(self.failed("cannot be put to sleep and runs on", error)))
+                let what = match self.state() {
+                    State::Dumping { asleep: true, woken: false, .. } => {
+                        "cannot be checkpointed and sleeps on"
+                    }
+                    _ => "cannot be put to sleep and runs on",
+                };
+                (DumpOutcome::Abandoned, Err(self.failed(what, error)))
             }
         };
         self.note(Event::DumpDone(outcome)).await;
@@ -224,17 +286,12 @@ impl Actor {
 
     pub(super) fn woke(&self, waking: &Waking) -> Transition {
         let woke = Transition {
-            depth: waking.depth,
             total: waking.since.elapsed(),
-            stopped: Duration::ZERO,
             image_bytes: waking.image_bytes,
             engine: waking.engine,
             mode: waking.mode,
-            classic_because: None,
-            whole_because: None,
-            memory_bytes: 0,
             cause: Some(waking.cause),
-            at: SystemTime::now(),
+            ..Transition::now(waking.depth)
         };
         let (depth, mode, cause) = (woke.depth, woke.mode, waking.cause);
         info!(id = %self.id, %depth, mode, %cause, ms = woke.total.as_millis(), "awake");

@@ -1,0 +1,334 @@
+//! The readiness watch: notices what would have made a frozen agent run.
+//!
+//! A frozen process does not see that a connection has come or that its timer is due. While it is frozen the shim holds
+//! duplicates of exactly those descriptors that its threads are blocked on (an epoll, a listener, a pipe) and polls
+//! them, and it keeps the earliest time limit of their waits. A descriptor that no thread waits for is no demand:
+//! unread input that the agent does not read would otherwise keep it awake for ever.
+//!
+//! What a thread is blocked on is told by its system call. It is looked at twice, before the freeze ([`look`]) and
+//! after it ([`watch`]): a thread that did anything in between was about to work, and the sleep is given up. That also
+//! covers what no descriptor shows any more, such as a request that a thread has read but not begun to answer.
+
+mod calls;
+mod descriptors;
+mod threads;
+
+use std::{
+    collections::HashMap,
+    io,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    io::Errno,
+    process::Pid,
+    time::{ClockId, clock_gettime},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+use tracing::debug;
+
+use self::{
+    calls::{Call, RESTART, Unclear, Until, Wait},
+    descriptors::{Duplicates, Owners, Wanted},
+    threads::{Space, Thread},
+};
+use crate::wake::WakeCause;
+
+/// How often a sleeping agent is looked at for signals, which nothing tells of: `alarm` and the like arrive that late.
+const SIGNALS: Duration = Duration::from_secs(1);
+/// How many processes are looked at for signals.
+const MOST_SIGNALLED: usize = 64;
+
+/// Why an agent cannot be watched, and so cannot sleep with its processes in place.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It has something to do. It may sleep a moment later.
+    #[error("it is at work: {0}")]
+    Busy(String),
+    /// What a thread waits for cannot be seen from outside.
+    #[error(
+        "thread {thread} ({name}) waits for {what}, which would not wake it: it can only run or be checkpointed"
+    )]
+    Unseen {
+        /// The thread.
+        thread: Pid,
+        /// Its name.
+        name: String,
+        /// What it waits for.
+        what: &'static str,
+    },
+    /// A descriptor cannot be duplicated or polled.
+    #[error("descriptor {number} of process {process}, which it waits for, cannot be watched: {source}")]
+    Descriptor {
+        /// The process.
+        process: Pid,
+        /// Its number there.
+        number: i32,
+        /// Why.
+        source: io::Error,
+    },
+    /// It waits for more than the shim may have open.
+    #[error(
+        "it waits for {wanted} descriptors, and the shim may have {limit} open: raise containerd's LimitNOFILE"
+    )]
+    TooMany {
+        /// How many.
+        wanted: usize,
+        /// The limit.
+        limit: u64,
+    },
+    /// No epoll could be made.
+    #[error("cannot make an epoll: {0}")]
+    Epoll(Errno),
+}
+
+impl Error {
+    fn descriptor(process: Pid, number: i32, error: Errno) -> Self {
+        Error::Descriptor { process, number, source: error.into() }
+    }
+}
+
+/// How an agent was just before its freeze.
+#[derive(Debug, Default)]
+pub struct Before {
+    threads: HashMap<Pid, Thread>,
+    packets: Option<u64>,
+}
+
+/// Looks at an agent that runs. Blocks for some ten microseconds a thread.
+pub fn look(processes: &[Pid]) -> Before {
+    // First: a packet that comes while the threads are looked at counts as one that came after.
+    let packets = processes.first().and_then(|&first| threads::packets(first));
+    Before {
+        threads: threads::all(processes).into_iter().map(|thread| (thread.id, thread)).collect(),
+        packets,
+    }
+}
+
+/// Waits with a time limit that a freeze has interrupted, by thread. The kernel takes them up again under another number,
+/// which tells neither the call nor how much of its limit is left.
+#[derive(Debug, Default)]
+pub struct Interrupted(HashMap<Pid, (Call, Option<Instant>)>);
+
+impl Interrupted {
+    /// The call that `call` takes up again, and when it ends.
+    fn of(&self, thread: Pid, call: &Call) -> Option<(Call, Option<Instant>)> {
+        let (known, until) = self.0.get(&thread)?;
+        let same = Call { number: known.number, ..*call } == *known;
+        same.then_some((*known, *until))
+    }
+}
+
+/// What a frozen agent waits for, before there is anything to poll.
+#[derive(Debug)]
+pub struct Prepared {
+    duplicates: Duplicates,
+    deadline: Option<Instant>,
+    processes: Vec<Pid>,
+}
+
+/// The end of a thread's wait, seen from the freeze.
+fn deadline(until: Until, frozen: Instant, elapsed: Duration) -> Option<Instant> {
+    let clock = |id| {
+        let now = clock_gettime(id);
+        let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+        Duration::new(seconds, u32::try_from(now.tv_nsec).unwrap_or(0))
+    };
+    let now = Instant::now();
+    match until {
+        Until::Left(left) => frozen.checked_add(left),
+        Until::Lasts(all) => frozen.checked_add(all.saturating_sub(elapsed)),
+        Until::Monotonic(at) => now.checked_add(at.saturating_sub(clock(ClockId::Monotonic))),
+        Until::Realtime(at) => now.checked_add(at.saturating_sub(clock(ClockId::Realtime))),
+    }
+}
+
+/// How long a thread had been blocked when the freeze came: the time between two runs, by its processor's clock.
+/// Nothing when that is not known, so that it wakes too late rather than again and again.
+fn elapsed(before: &Thread, after: &Thread) -> Duration {
+    match (before.began, after.began) {
+        (Some(before), Some(after)) => after.saturating_sub(before),
+        _ => Duration::ZERO,
+    }
+}
+
+/// Whether a thread did nothing between two looks but be frozen: it is in the same call, and has gone to sleep at most
+/// once more, in the freezer.
+fn stood_still(before: &Thread, after: &Thread) -> bool {
+    before.call == after.call && after.switches <= before.switches + 1 && before.read == after.read
+}
+
+/// One thread after the freeze: what it waits for and until when.
+fn wait_of(
+    before: &Before,
+    thread: &Thread,
+    frozen: Instant,
+    interrupted: &Interrupted,
+) -> Result<(Wait, Call, Option<Instant>), Error> {
+    let busy = |what: &str| Error::Busy(format!("thread {} ({}) {what}", thread.id, thread.name));
+    if thread.signalled {
+        return Err(busy("has a signal to act on"));
+    }
+    let earlier = before.threads.get(&thread.id).filter(|earlier| stood_still(earlier, thread));
+    let (Some(earlier), Some(call)) = (earlier, thread.call) else { return Err(busy("runs")) };
+    // A program of 32 bits has other numbers.
+    if call.stack < 1 << 32 {
+        return Err(Error::Unseen {
+            thread: thread.id,
+            name: thread.name.clone(),
+            what: "a 32-bit system call",
+        });
+    }
+    let known = interrupted.of(thread.id, &call);
+    let resumed = if call.number == RESTART { known } else { None };
+    let real = resumed.map_or(call, |(real, _)| real);
+    let space =
+        Space::open(thread.process).map_err(|error| busy(&format!("cannot be looked at: {error}")))?;
+    let wait = calls::wait_of(&real, &|address, bytes| space.read(address, bytes)).map_err(|unclear| {
+        let unseen = |what| Error::Unseen { thread: thread.id, name: thread.name.clone(), what };
+        match unclear {
+            Unclear::Runs => busy(&format!("is in system call {}", real.number)),
+            Unclear::Unreadable => busy("changes the arguments of its system call"),
+            Unclear::Restarted => unseen("the rest of an interrupted time limit"),
+            Unclear::Unseen(what) => unseen(what),
+        }
+    })?;
+    let until = match resumed {
+        Some((_, until)) => until,
+        None => wait.until.and_then(|until| deadline(until, frozen, elapsed(earlier, thread))),
+    };
+    Ok((wait, real, until))
+}
+
+/// Finds out what an agent waits for that was frozen at `frozen`, and takes duplicates of it. Blocks for some ten
+/// microseconds a thread and a descriptor.
+///
+/// # Errors
+/// [`Error`], and nothing is held.
+pub fn watch(
+    processes: &[Pid],
+    before: &Before,
+    frozen: Instant,
+    interrupted: &mut Interrupted,
+) -> Result<Prepared, Error> {
+    let threads = threads::all(processes);
+    let mut owners = Owners::default();
+    let mut wanted = Wanted::new();
+    let mut deadlines = Vec::new();
+    let mut takes = false;
+    let mut remembered = HashMap::new();
+    let mut outcome = Ok(());
+    for thread in threads.iter().filter(|thread| !thread.is_stopped()) {
+        match wait_of(before, thread, frozen, interrupted) {
+            Ok((wait, call, until)) => {
+                remembered.insert(thread.id, (call, until));
+                deadlines.extend(until);
+                takes |= wait.takes;
+                for (number, readiness) in wait.descriptors {
+                    *wanted.entry((thread.process, number)).or_insert(readiness) |= readiness;
+                }
+            }
+            // The others are still remembered: they have been interrupted, whatever comes of this.
+            Err(error) => outcome = outcome.and(Err(error)),
+        }
+    }
+    *interrupted = Interrupted(remembered);
+    outcome?;
+    let mut told = false;
+    for &(process, number) in wanted.keys() {
+        let epoll = descriptors::epoll(process, number);
+        told |= epoll.as_ref().is_some_and(|epoll| epoll.reports_once());
+        if let Some(epoll) = epoll
+            && epoll.owes_a_read(&mut owners, process)?
+        {
+            return Err(Error::Busy(format!("process {process} has not read all that it was told of")));
+        }
+    }
+    if takes || told {
+        let now = processes.first().and_then(|&first| threads::packets(first));
+        if now != before.packets {
+            return Err(Error::Busy("packets came as it was frozen".to_owned()));
+        }
+    }
+    let duplicates = Duplicates::take(&mut owners, &wanted)?;
+    let deadline = deadlines.into_iter().min();
+    if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+        return Err(Error::Busy("a time that it waits for has come".to_owned()));
+    }
+    debug!(threads = threads.len(), descriptors = duplicates.len(), ?deadline, "watching");
+    Ok(Prepared { duplicates, deadline, processes: processes.to_vec() })
+}
+
+/// A frozen agent that is watched. Dropping it gives all duplicates back.
+#[derive(Debug)]
+pub struct Watch {
+    ready: AsyncFd<std::os::fd::OwnedFd>,
+    duplicates: Duplicates,
+    deadline: Option<Instant>,
+    processes: Vec<Pid>,
+}
+
+impl Watch {
+    /// Begins to poll, on the runtime of the caller.
+    ///
+    /// # Errors
+    /// When the shim has no descriptor left.
+    pub fn begin(prepared: Prepared) -> io::Result<Watch> {
+        let Prepared { duplicates, deadline, processes } = prepared;
+        let epoll = duplicates.epoll.try_clone()?;
+        // SAFETY: an owned descriptor stays open, and the same, until the registration that owns it is dropped.
+        let ready = unsafe { AsyncFd::register_with_interest(epoll, Interest::READABLE) }?;
+        Ok(Watch { ready, duplicates, deadline, processes })
+    }
+
+    /// How many duplicates it holds.
+    pub fn held(&self) -> usize {
+        self.duplicates.len()
+    }
+
+    /// When the first time comes that the agent waits for.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Completes when the agent would have run, and says what for. Nothing is lost when it is dropped and called anew.
+    pub async fn demand(&self) -> WakeCause {
+        tokio::select! {
+            () = self.readiness() => WakeCause::Traffic,
+            () = due(self.deadline) => WakeCause::Timer,
+            () = self.signal() => WakeCause::Signal,
+        }
+    }
+
+    async fn readiness(&self) {
+        loop {
+            // An error means that the shim ends.
+            let Ok(mut guard) = self.ready.readable().await else { return std::future::pending().await };
+            if self.duplicates.are_ready() {
+                return;
+            }
+            guard.clear_ready();
+        }
+    }
+
+    async fn signal(&self) {
+        let mut looks = tokio::time::interval(SIGNALS);
+        loop {
+            looks.tick().await;
+            if self.processes.iter().take(MOST_SIGNALLED).any(|&process| threads::is_signalled(process)) {
+                return;
+            }
+        }
+    }
+}
+
+async fn due(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

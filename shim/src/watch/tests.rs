@@ -1,0 +1,92 @@
+//! The watch over processes that are stopped rather than frozen: it reads the same of both.
+
+use super::*;
+
+fn thread(number: u64, switches: u64) -> Thread {
+    let call = Call { number, arguments: [3, 0, 0, u64::MAX, 0, 0], stack: 1 << 40, instruction: 1 << 30 };
+    let me = rustix::process::getpid();
+    Thread {
+        process: me,
+        id: me,
+        name: "agent".to_owned(),
+        state: 'S',
+        call: Some(call),
+        switches,
+        began: Some(Duration::from_secs(10)),
+        read: Some(0),
+        signalled: false,
+    }
+}
+
+fn before(thread: Thread) -> Before {
+    Before { threads: HashMap::from([(thread.id, thread)]), packets: None }
+}
+
+const EPOLL_PWAIT: u64 = if cfg!(target_arch = "x86_64") { 281 } else { 22 };
+
+#[test]
+fn a_thread_that_did_anything_since_it_was_looked_at_is_at_work() {
+    let waits = |earlier: Thread, later: &Thread| {
+        wait_of(&before(earlier), later, Instant::now(), &Interrupted::default()).map(|(wait, ..)| wait)
+    };
+    let (earlier, later) = (thread(EPOLL_PWAIT, 7), thread(EPOLL_PWAIT, 8));
+    assert_eq!(waits(earlier.clone(), &later).unwrap().descriptors.len(), 1);
+    let changed = [
+        thread(EPOLL_PWAIT, 9),
+        thread(EPOLL_PWAIT + 1000, 8),
+        Thread { call: None, ..later.clone() },
+        Thread { read: Some(1), ..later.clone() },
+        Thread { signalled: true, ..later.clone() },
+        Thread { id: Pid::INIT, ..later.clone() },
+    ];
+    for later in changed {
+        let error = waits(earlier.clone(), &later).unwrap_err();
+        assert!(matches!(error, Error::Busy(_)), "{later:?}: {error}");
+    }
+}
+
+#[test]
+fn an_interrupted_wait_is_known_again_by_its_registers_and_ends_when_it_was_to_end() {
+    let end = Instant::now() + Duration::from_secs(50);
+    let first = thread(EPOLL_PWAIT, 7);
+    let call = first.call.unwrap();
+    let interrupted = Interrupted(HashMap::from([(first.id, (call, Some(end)))]));
+    let restarted =
+        |instruction| Thread { call: Some(Call { number: RESTART, instruction, ..call }), ..first.clone() };
+    let same = restarted(call.instruction);
+    let (wait, real, until) = wait_of(&before(same.clone()), &same, Instant::now(), &interrupted).unwrap();
+    assert_eq!((wait.descriptors.len(), real, until), (1, call, Some(end)));
+    let other = restarted(call.instruction + 1);
+    let error = wait_of(&before(other.clone()), &other, Instant::now(), &interrupted).unwrap_err();
+    assert!(matches!(error, Error::Unseen { .. }), "{error}");
+}
+
+#[test]
+fn a_time_limit_counts_from_where_it_began() {
+    let frozen = Instant::now();
+    let at = |until, elapsed| deadline(until, frozen, elapsed).unwrap() - frozen;
+    let second = Duration::from_secs(1);
+    assert_eq!(at(Until::Left(10 * second), 3 * second), 10 * second);
+    assert_eq!(at(Until::Lasts(10 * second), 3 * second), 7 * second);
+    assert_eq!(at(Until::Lasts(2 * second), 3 * second), Duration::ZERO);
+    assert!(at(Until::Realtime(Duration::ZERO), second) < second, "past");
+}
+
+#[tokio::test]
+async fn a_watch_tells_of_readiness_and_of_time() {
+    use std::os::fd::AsRawFd;
+    let (reader, writer) = std::io::pipe().unwrap();
+    let me = rustix::process::getpid();
+    let wanted = Wanted::from([((me, reader.as_raw_fd()), rustix::event::epoll::EventFlags::IN)]);
+    let prepared = |deadline| {
+        let duplicates = Duplicates::take(&mut Owners::default(), &wanted).unwrap();
+        Watch::begin(Prepared { duplicates, deadline, processes: vec![me] }).unwrap()
+    };
+    let soon = Duration::from_millis(5);
+    assert_eq!(prepared(Some(Instant::now() + soon)).demand().await, WakeCause::Timer);
+    let watch = prepared(None);
+    assert!(tokio::time::timeout(soon, watch.demand()).await.is_err(), "silent");
+    rustix::io::write(&writer, b"x").unwrap();
+    assert_eq!(watch.demand().await, WakeCause::Traffic);
+    assert_eq!(watch.demand().await, WakeCause::Traffic, "it stays so until it is given up");
+}

@@ -1,0 +1,337 @@
+//! Frozen agents wake for whatever would have made them run, and for nothing else; nothing breaks on the way.
+
+#![allow(clippy::unwrap_used)]
+
+mod sleeper;
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+use agentcube_tests::{
+    images::Image,
+    node::{Agent, AgentSpec, Node},
+};
+use serde_json::Value;
+use sleeper::{SOON, agentcube, assert_refused, inspect, python, spec, start};
+
+/// Long enough for an agent to wake that wakes for nothing.
+const QUIET: Duration = Duration::from_millis(600);
+
+/// A python program in a container with a network of its own.
+fn program(id: &str, text: &str) -> AgentSpec {
+    python(id).args(&["python3", "-u", "-c", text])
+}
+
+/// Starts a program and waits until it says that it is ready.
+fn run<'node>(node: &'node Node, spec: &AgentSpec) -> Agent<'node> {
+    let agent = node.run_agent(spec).unwrap();
+    says(node, &agent, "ready");
+    agent
+}
+
+fn says(node: &Node, agent: &Agent, word: &str) {
+    let said =
+        node.wait_until(&format!("{} to say {word:?}", agent.id()), SOON, || Ok(agent.log()?.contains(word)));
+    said.unwrap_or_else(|error| panic!("{error}: {:?}", agent.log()));
+}
+
+fn freeze(node: &Node, agent: &Agent) {
+    agentcube(node, &["sleep", "--depth", "frozen", agent.id()]).check().unwrap();
+}
+
+fn is_asleep(node: &Node, agent: &Agent) -> bool {
+    inspect(node, agent.id())["state"] == "asleep"
+}
+
+/// Puts it to sleep and sees to it that it stays so.
+fn freezes_for_good(node: &Node, agent: &Agent) {
+    freeze(node, agent);
+    thread::sleep(QUIET);
+    let now = inspect(node, agent.id());
+    assert_eq!((&now["state"], &now["depth"]), (&"asleep".into(), &"frozen".into()), "{now:#}");
+}
+
+fn last_wake(node: &Node, agent: &Agent) -> Value {
+    inspect(node, agent.id())["last_wake"].take()
+}
+
+/// Sees to it that it is awake, and woke for this.
+fn woke_for(node: &Node, agent: &Agent, cause: &str) {
+    node.wait_until(&format!("{} to wake", agent.id()), SOON, || Ok(!is_asleep(node, agent))).unwrap();
+    let wake = last_wake(node, agent);
+    assert_eq!(wake["cause"], cause, "{wake}");
+}
+
+/// One request over a connection that stays open; gives back the answer's body.
+fn ask(connection: &mut TcpStream, path: &str) -> String {
+    connection.set_read_timeout(Some(SOON)).unwrap();
+    connection.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).unwrap();
+    let mut reader = BufReader::new(connection.try_clone().unwrap());
+    let (mut line, mut length) = (String::new(), 0);
+    loop {
+        line.clear();
+        assert_ne!(reader.read_line(&mut line).unwrap(), 0, "the connection has ended");
+        let lower = line.to_ascii_lowercase();
+        if let Some(value) = lower.strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap();
+        }
+        if line.trim_end().is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).unwrap();
+    String::from_utf8(body).unwrap()
+}
+
+#[test]
+fn event_loops_sleep_through_silence_and_wake_for_requests_on_new_and_on_open_connections() {
+    let node = start();
+    let agents = [python("asyncio"), spec(Image::NodeJs, "nodejs").flag("--seccomp")];
+    for spec in agents {
+        let agent = node.run_agent(&spec).unwrap();
+        agent.wait_healthy().unwrap();
+        let mut open = agent.connect().unwrap();
+        assert_eq!(ask(&mut open, "/health"), "ok");
+        for _ in 0..3 {
+            freezes_for_good(&node, &agent);
+            assert_eq!(agent.turn().unwrap(), 0);
+            woke_for(&node, &agent, "traffic");
+            freeze(&node, &agent);
+            assert_eq!(ask(&mut open, "/health"), "ok");
+            woke_for(&node, &agent, "traffic");
+        }
+        let wakes = inspect(&node, agent.id())["wakes"].as_u64().unwrap();
+        assert_eq!(wakes, 6, "{} woke for nothing", agent.id());
+    }
+}
+
+#[test]
+fn a_wake_from_frozen_costs_a_client_a_few_milliseconds() {
+    let node = start();
+    let agent = node.run_agent(&python("a")).unwrap();
+    agent.wait_healthy().unwrap();
+    let mut open = agent.connect().unwrap();
+    let mut timed = |frozen: bool| {
+        (0..15)
+            .map(|_| {
+                if frozen {
+                    freeze(&node, &agent);
+                }
+                let asked = Instant::now();
+                assert_eq!(ask(&mut open, "/health"), "ok");
+                asked.elapsed()
+            })
+            .min()
+            .unwrap()
+    };
+    let (awake, asleep) = (timed(false), timed(true));
+    println!("first byte: awake {awake:?}, from frozen {asleep:?}");
+    assert!(asleep < Duration::from_millis(20), "awake {awake:?}, from frozen {asleep:?}");
+}
+
+#[test]
+fn a_thread_that_blocks_in_accept_or_in_poll_or_in_recv_wakes_for_its_clients() {
+    const ACCEPT: &str = "
+import socket, os
+s = socket.create_server(('0.0.0.0', 8080))
+print('ready')
+while True:
+    c, _ = s.accept()
+    c.recv(1000)
+    c.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\nConnection: close\\r\\n\\r\\nok')
+    c.close()
+";
+    const THREADED: &str = "
+import http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header('Content-Length', '2')
+        self.end_headers()
+        self.wfile.write(b'ok')
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer(('0.0.0.0', 8080), Handler)
+print('ready')
+server.serve_forever(poll_interval=None)
+";
+    let node = start();
+    let accept = run(&node, &program("accept", ACCEPT));
+    for _ in 0..3 {
+        freezes_for_good(&node, &accept);
+        assert_eq!(accept.http("GET", "/", "").unwrap().body, "ok");
+        woke_for(&node, &accept, "traffic");
+    }
+    let threaded = run(&node, &program("threaded", THREADED));
+    let mut open = threaded.connect().unwrap();
+    assert_eq!(ask(&mut open, "/"), "ok");
+    for _ in 0..3 {
+        freezes_for_good(&node, &threaded);
+        assert_eq!(ask(&mut open, "/"), "ok", "by the thread in recv");
+        woke_for(&node, &threaded, "traffic");
+        freeze(&node, &threaded);
+        assert_eq!(threaded.http("GET", "/", "").unwrap().body, "ok", "by the thread in poll");
+        woke_for(&node, &threaded, "traffic");
+    }
+}
+
+#[test]
+fn timers_wake_an_agent_in_time_however_it_waits_for_them() {
+    let node = start();
+    let after = |id: &str, wait: &str| {
+        let text = format!(
+            "import time, select, asyncio, threading, ctypes, signal, os\n\
+             begun = time.monotonic()\nprint('ready')\n{wait}\n\
+             print('over', int((time.monotonic() - begun) * 1000), flush=True)\ntime.sleep(1000)"
+        );
+        (id.to_owned(), text)
+    };
+    let waits = [
+        after("absolute", "time.sleep(4)"),
+        after("relative", "ctypes.CDLL(None).usleep(4000000)"),
+        after("select", "select.select([], [], [], 4)"),
+        after("poll", "select.poll().poll(4000)"),
+        after("epoll", "select.epoll().poll(4)"),
+        after("asyncio", "asyncio.run(asyncio.sleep(4))"),
+        after("lock", "threading.Event().wait(4)"),
+        after("alarm", "signal.signal(signal.SIGALRM, lambda *_: None); signal.alarm(4); signal.pause()"),
+    ];
+    for (id, text) in waits {
+        let agent = run(&node, &program(&id, &text));
+        // Twice: a wait that was interrupted once goes on under another number.
+        freeze(&node, &agent);
+        agentcube(&node, &["wake", &id]).check().unwrap();
+        thread::sleep(Duration::from_millis(200));
+        freeze(&node, &agent);
+        thread::sleep(QUIET);
+        assert!(is_asleep(&node, &agent), "{id} did not sleep until its time");
+        says(&node, &agent, "over");
+        let log = agent.log().unwrap();
+        let took: u64 = log.split("over").nth(1).unwrap().trim().parse().unwrap();
+        let cause = last_wake(&node, &agent)["cause"].as_str().unwrap().to_owned();
+        println!("{id}: {took} ms, {cause}");
+        assert!((4000..5600).contains(&took), "{id}: after {took} ms");
+        assert_eq!(cause, if id == "alarm" { "signal" } else { "timer" }, "{id}");
+        agent.delete().unwrap();
+    }
+}
+
+#[test]
+fn pipes_files_and_children_wake_an_agent_and_unread_input_does_not() {
+    let node = start();
+    // Both ends of the pipe are the agent's own: it is written to from outside by way of /proc.
+    let reader = run(
+        &node,
+        &program(
+            "pipe",
+            "
+import os
+r, w = os.pipe()
+unread, unread_w = os.pipe()
+os.write(unread_w, b'nobody reads this')
+print('ready')
+print('got', os.read(r, 10))
+os.read(r, 10)
+",
+        ),
+    );
+    freezes_for_good(&node, &reader);
+    let pid = inspect(&node, "pipe")["pid"].as_u64().unwrap();
+    node.sh(&format!("printf hello > /proc/{pid}/fd/4")).unwrap();
+    says(&node, &reader, "got b'hello'");
+    woke_for(&node, &reader, "traffic");
+
+    let watcher = run(
+        &node,
+        &program(
+            "inotify",
+            "
+import ctypes, os
+libc = ctypes.CDLL(None)
+os.makedirs('/tmp/watched', exist_ok=True)
+fd = libc.inotify_init()
+libc.inotify_add_watch(fd, b'/tmp/watched', 0x100)
+print('ready')
+os.read(fd, 1000)
+print('changed')
+os.read(fd, 1000)
+",
+        ),
+    );
+    freezes_for_good(&node, &watcher);
+    let pid = inspect(&node, "inotify")["pid"].as_u64().unwrap();
+    node.sh(&format!("touch /proc/{pid}/root/tmp/watched/new")).unwrap();
+    says(&node, &watcher, "changed");
+    woke_for(&node, &watcher, "traffic");
+
+    let parent = run(
+        &node,
+        &program(
+            "child",
+            "
+import subprocess, sys
+child = subprocess.Popen(['/bin/sh', '-c', 'read line; echo \"child $line\"; read more'],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+print('ready', child.pid)
+print(child.stdout.readline())
+child.wait()
+",
+        ),
+    );
+    freezes_for_good(&node, &parent);
+    let pid = node.sh("pgrep -n -f 'read line; echo'").unwrap();
+    node.sh(&format!("echo hello > /proc/{}/fd/0", pid.trim())).unwrap();
+    says(&node, &parent, "child hello");
+    woke_for(&node, &parent, "traffic");
+}
+
+#[test]
+fn an_agent_that_is_at_work_is_not_put_to_sleep() {
+    let node = start();
+    let busy = run(&node, &program("busy", "print('ready')\nwhile True: pass"));
+    let refused = agentcube(&node, &["sleep", "--depth", "frozen", "busy"]);
+    assert_refused(&refused, &["at work", "python3"]);
+    assert!(!is_asleep(&node, &busy));
+}
+
+#[test]
+fn nothing_wakes_an_agent_that_a_client_has_paused() {
+    let node = start();
+    let agent = node.run_agent(&python("a")).unwrap();
+    agent.wait_healthy().unwrap();
+    freeze(&node, &agent);
+    agent.ctr(&["task", "pause", "a"]).unwrap().check().unwrap();
+    let mut connection = agent.connect().unwrap();
+    connection.write_all(b"GET /turn HTTP/1.1\r\n\r\n").unwrap();
+    thread::sleep(QUIET);
+    assert_eq!(inspect(&node, "a")["state"], "paused");
+    agent.ctr(&["task", "resume", "a"]).unwrap().check().unwrap();
+    assert_eq!(agent.turn().unwrap(), 0);
+}
+
+#[test]
+fn without_swap_it_says_so_and_sleeps_frozen_if_that_will_do() {
+    let node = start();
+    let agent = node.run_agent(&python("a")).unwrap();
+    agent.wait_healthy().unwrap();
+    if node.read_file("/proc/swaps").unwrap().lines().count() > 1 {
+        return agentcube_tests::skipped("this machine has swap");
+    }
+    assert_refused(
+        &agentcube(&node, &["sleep", "--depth", "reclaimed", "a"]),
+        &["nothing to reclaim to", "swap"],
+    );
+    assert!(!is_asleep(&node, &agent));
+    let slept = agentcube(&node, &["sleep", "--depth", "reclaimed", "--or-shallower", "a"]).check().unwrap();
+    assert!(slept.contains("asleep (frozen)") && slept.contains("not reclaimed:"), "{slept}");
+    assert_eq!(inspect(&node, "a")["depth"], "frozen");
+    // Deeper works from there, without a wake.
+    agentcube(&node, &["sleep", "--or-shallower", "a"]).check().unwrap();
+    let now = inspect(&node, "a");
+    assert_eq!((&now["depth"], &now["wakes"]), (&"checkpointed".into(), &0.into()), "{now:#}");
+}
