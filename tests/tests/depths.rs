@@ -91,22 +91,39 @@ fn ask(connection: &mut TcpStream, path: &str) -> String {
 #[test]
 fn event_loops_sleep_through_silence_and_wake_for_requests_on_new_and_on_open_connections() {
     let node = start();
-    let agents = [python("asyncio"), spec(Image::NodeJs, "nodejs").flag("--seccomp")];
-    for spec in agents {
-        let agent = node.run_agent(&spec).unwrap();
-        agent.wait_healthy().unwrap();
+    let agent = node.run_agent(&python("asyncio")).unwrap();
+    agent.wait_healthy().unwrap();
+    let mut open = agent.connect().unwrap();
+    assert_eq!(ask(&mut open, "/health"), "ok");
+    for _ in 0..3 {
+        freezes_for_good(&node, &agent);
+        assert_eq!(agent.turn().unwrap(), 0);
+        woke_for(&node, &agent, "traffic");
+        freeze(&node, &agent);
+        assert_eq!(ask(&mut open, "/health"), "ok");
+        woke_for(&node, &agent, "traffic");
+    }
+    assert_eq!(inspect(&node, "asyncio")["wakes"], 6, "it woke for nothing");
+}
+
+#[test]
+fn a_node_agent_wakes_for_requests_and_for_the_timers_of_its_server() {
+    let node = start();
+    let agent = node.run_agent(&spec(Image::NodeJs, "nodejs").flag("--seccomp")).unwrap();
+    agent.wait_healthy().unwrap();
+    // Its server has timers of a second and less after each answer. It sleeps once they are over.
+    let quiet = || {
+        freeze(&node, &agent);
+        thread::sleep(QUIET);
+        Ok(is_asleep(&node, &agent))
+    };
+    for _ in 0..3 {
+        node.wait_until("nodejs to be done with its timers", SOON, quiet).unwrap();
         let mut open = agent.connect().unwrap();
         assert_eq!(ask(&mut open, "/health"), "ok");
-        for _ in 0..3 {
-            freezes_for_good(&node, &agent);
-            assert_eq!(agent.turn().unwrap(), 0);
-            woke_for(&node, &agent, "traffic");
-            freeze(&node, &agent);
-            assert_eq!(ask(&mut open, "/health"), "ok");
-            woke_for(&node, &agent, "traffic");
-        }
-        let wakes = inspect(&node, agent.id())["wakes"].as_u64().unwrap();
-        assert_eq!(wakes, 6, "{} woke for nothing", agent.id());
+        woke_for(&node, &agent, "traffic");
+        freeze(&node, &agent);
+        assert_eq!(ask(&mut open, "/turn"), "{\"turn\":0}");
     }
 }
 
@@ -194,7 +211,6 @@ fn timers_wake_an_agent_in_time_however_it_waits_for_them() {
     let waits = [
         after("absolute", "time.sleep(4)"),
         after("relative", "ctypes.CDLL(None).usleep(4000000)"),
-        after("select", "select.select([], [], [], 4)"),
         after("poll", "select.poll().poll(4000)"),
         after("epoll", "select.epoll().poll(4)"),
         after("asyncio", "asyncio.run(asyncio.sleep(4))"),
@@ -219,6 +235,22 @@ fn timers_wake_an_agent_in_time_however_it_waits_for_them() {
         assert_eq!(cause, if id == "alarm" { "signal" } else { "timer" }, "{id}");
         agent.delete().unwrap();
     }
+}
+
+#[test]
+fn a_time_limit_that_the_kernel_begins_anew_is_served_once_it_has_come() {
+    let node = start();
+    let text = "import select\nprint('ready')\nselect.select([], [], [], 2)\nprint('over')\nselect.select([], [], [])";
+    let agent = run(&node, &program("select", text));
+    freeze(&node, &agent);
+    woke_for(&node, &agent, "timer");
+    // The time that it stood still does not count for the kernel. It is not kept from its timer for ever.
+    assert_refused(
+        &agentcube(&node, &["sleep", "--depth", "frozen", "select"]),
+        &["a time that it waits for has come"],
+    );
+    says(&node, &agent, "over");
+    freezes_for_good(&node, &agent);
 }
 
 #[test]
@@ -284,7 +316,7 @@ child.wait()
         ),
     );
     freezes_for_good(&node, &parent);
-    let pid = node.sh("pgrep -n -f 'read line; echo'").unwrap();
+    let pid = node.sh("pgrep -n -f '[r]ead line; echo'").unwrap();
     node.sh(&format!("echo hello > /proc/{}/fd/0", pid.trim())).unwrap();
     says(&node, &parent, "child hello");
     woke_for(&node, &parent, "traffic");

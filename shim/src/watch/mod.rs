@@ -108,14 +108,25 @@ pub fn look(processes: &[Pid]) -> Before {
 /// Waits with a time limit that a freeze has interrupted, by thread. The kernel takes them up again under another number,
 /// which tells neither the call nor how much of its limit is left.
 #[derive(Debug, Default)]
-pub struct Interrupted(HashMap<Pid, (Call, Option<Instant>)>);
+pub struct Interrupted(HashMap<Pid, Known>);
+
+/// A wait as it was when a freeze interrupted it.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    call: Call,
+    until: Option<Instant>,
+    /// How often its thread had gone to sleep by then, the freezer included.
+    switches: u64,
+}
 
 impl Interrupted {
-    /// The call that `call` takes up again, and when it ends.
-    fn of(&self, thread: Pid, call: &Call) -> Option<(Call, Option<Instant>)> {
-        let (known, until) = self.0.get(&thread)?;
-        let same = Call { number: known.number, ..*call } == *known;
-        same.then_some((*known, *until))
+    /// The wait that a thread has taken up again after its last freeze.
+    fn of(&self, thread: &Thread, call: &Call) -> Option<Known> {
+        let known = self.0.get(&thread.id)?;
+        let same = Call { number: known.call.number, ..*call } == known.call;
+        // Back to the call, and into the freezer: with more it may be another call that looks the same.
+        let again = call.number == RESTART || thread.switches <= known.switches + 2;
+        (same && again).then_some(*known)
     }
 }
 
@@ -179,9 +190,8 @@ fn wait_of(
             what: "a 32-bit system call",
         });
     }
-    let known = interrupted.of(thread.id, &call);
-    let resumed = if call.number == RESTART { known } else { None };
-    let real = resumed.map_or(call, |(real, _)| real);
+    let resumed = interrupted.of(thread, &call);
+    let real = resumed.map_or(call, |known| known.call);
     let space =
         Space::open(thread.process).map_err(|error| busy(&format!("cannot be looked at: {error}")))?;
     let wait = calls::wait_of(&real, &|address, bytes| space.read(address, bytes)).map_err(|unclear| {
@@ -193,9 +203,11 @@ fn wait_of(
             Unclear::Unseen(what) => unseen(what),
         }
     })?;
-    let until = match resumed {
-        Some((_, until)) => until,
-        None => wait.until.and_then(|until| deadline(until, frozen, elapsed(earlier, thread))),
+    let until = match (resumed, wait.until) {
+        // A limit that is written down as what is left begins anew after each freeze; its program's clock does not.
+        (Some(known), Some(Until::Left(_))) => known.until,
+        (Some(known), _) if call.number == RESTART => known.until,
+        _ => wait.until.and_then(|until| deadline(until, frozen, elapsed(earlier, thread))),
     };
     Ok((wait, real, until))
 }
@@ -221,7 +233,7 @@ pub fn watch(
     for thread in threads.iter().filter(|thread| !thread.is_stopped()) {
         match wait_of(before, thread, frozen, interrupted) {
             Ok((wait, call, until)) => {
-                remembered.insert(thread.id, (call, until));
+                remembered.insert(thread.id, Known { call, until, switches: thread.switches });
                 deadlines.extend(until);
                 takes |= wait.takes;
                 for (number, readiness) in wait.descriptors {
