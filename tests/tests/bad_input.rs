@@ -62,7 +62,10 @@ fn unknown_containers_are_told_apart_from_failures() {
         assert_refused(&agentcube(&node, &["sleep", nonsense]), &["no container or sandbox"]);
     }
     assert_eq!(agentcube(&node, &["sleep", "known", "--depth", "archived"]).status, 2);
-    assert_refused(&agentcube(&node, &["sleep", "known", "--depth", "reclaimed"]), &["reclaimed", "frozen"]);
+    assert_refused(
+        &agentcube(&node, &["sleep", "known", "--depth", "reclaimed"]),
+        &["cannot be reclaimed", "nothing to reclaim to"],
+    );
     agent.assert_state("running");
     agent.assert_whole();
 }

@@ -7,6 +7,7 @@ mod sleeper;
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -366,4 +367,177 @@ fn without_swap_it_says_so_and_sleeps_frozen_if_that_will_do() {
     agentcube(&node, &["sleep", "--or-shallower", "a"]).check().unwrap();
     let now = inspect(&node, "a");
     assert_eq!((&now["depth"], &now["wakes"]), (&"checkpointed".into(), &0.into()), "{now:#}");
+}
+
+/// Clients that ask one after the other over connections of their own, each for something of its own.
+fn storm(agent: &Agent, clients: usize, stop: &AtomicBool) -> usize {
+    thread::scope(|scope| {
+        let client = |number: usize| {
+            let mut asked = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let text = format!("client {number}, question {asked}");
+                let turn = agent.chat(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
+                assert!(turn.reply.contains(&text), "{text}: answered {:?}", turn.reply);
+                asked += 1;
+                thread::sleep(Duration::from_millis(u64::try_from(number).unwrap_or(0) * 7 % 100));
+            }
+            asked
+        };
+        let running: Vec<_> = (0..clients).map(|number| scope.spawn(move || client(number))).collect();
+        running.into_iter().map(|client| client.join().unwrap()).sum()
+    })
+}
+
+#[test]
+fn requests_in_the_middle_of_freezes_and_wakes_are_all_answered() {
+    const CYCLES: u64 = 50;
+    let node = start();
+    let agent = node.run_agent(&python("a")).unwrap();
+    agent.wait_healthy().unwrap();
+    let stop = AtomicBool::new(false);
+    let (asked, slept) = thread::scope(|scope| {
+        let clients = scope.spawn(|| storm(&agent, 8, &stop));
+        let begun = Instant::now();
+        let mut slept = 0;
+        while slept < CYCLES && begun.elapsed() < 3 * SOON {
+            // Refused while it is at work.
+            slept += u64::from(agentcube(&node, &["sleep", "--depth", "frozen", "a"]).status == 0);
+        }
+        stop.store(true, Ordering::Relaxed);
+        (clients.join().unwrap(), slept)
+    });
+    let wakes = inspect(&node, "a")["wakes"].as_u64().unwrap();
+    println!("{asked} questions in {slept} sleeps, {wakes} wakes");
+    assert!(asked >= 200 && slept == CYCLES, "{asked} questions in {slept} sleeps");
+    assert_eq!(agent.turn().unwrap(), u64::try_from(asked).unwrap());
+}
+
+#[test]
+fn two_hundred_connections_in_fifty_sleeps_are_neither_refused_nor_reset() {
+    let node = start();
+    let agent = node.run_agent(&python("a")).unwrap();
+    agent.wait_healthy().unwrap();
+    for round in 0..50 {
+        // It is at work while the connections of the round before are closed.
+        let freeze = || Ok(agentcube(&node, &["sleep", "--depth", "frozen", "a"]).status == 0);
+        node.wait_until("it to have nothing to do", SOON, freeze).unwrap();
+        let mut open: Vec<TcpStream> = (0..200).map(|_| agent.connect().unwrap()).collect();
+        for (number, connection) in open.iter_mut().enumerate() {
+            let path = if number % 2 == 0 { "/health" } else { "/turn" };
+            let expected = if number % 2 == 0 { "ok" } else { "{\"turn\": 0}" };
+            assert_eq!(ask(connection, path), expected, "connection {number} in round {round}");
+        }
+    }
+    assert_eq!(inspect(&node, "a")["wakes"], 50);
+}
+
+#[test]
+fn the_shim_holds_no_descriptor_more_after_a_hundred_sleeps_nor_for_ten_thousand_of_the_agent() {
+    let node = start();
+    let many = "
+import os, asyncio
+for _ in range(10):
+    if os.fork() == 0: break
+async def main():
+    loop = asyncio.get_running_loop()
+    for _ in range(480):
+        r, w = os.pipe()
+        loop.add_reader(r, print)
+    server = await asyncio.start_server(lambda r, w: w.close(), '0.0.0.0', 8080, reuse_port=True)
+    print('ready')
+    await server.serve_forever()
+asyncio.run(main())
+";
+    let agent = node.run_agent(&program("many", many)).unwrap();
+    node.wait_until("all to be ready", SOON, || Ok(agent.log()?.lines().count() == 11)).unwrap();
+    let shim = inspect(&node, "many")["shim_pid"].as_u64().unwrap();
+    let held = || node.sh(&format!("ls /proc/{shim}/fd | wc -l")).unwrap().trim().parse::<u64>().unwrap();
+    freeze(&node, &agent);
+    agentcube(&node, &["wake", "many"]).check().unwrap();
+    let before = held();
+    let mut least = u64::MAX;
+    for _ in 0..100 {
+        freeze(&node, &agent);
+        assert!(held() < before + 40, "{} duplicates for eleven epolls", held() - before);
+        let total = inspect(&node, "many")["last_sleep"]["total_us"].as_u64().unwrap();
+        least = least.min(total);
+        agentcube(&node, &["wake", "many"]).check().unwrap();
+    }
+    println!("10,000 descriptors: asleep in {least} us");
+    assert_eq!(held(), before);
+    assert!(least < 200_000, "it took {least} us");
+}
+
+#[test]
+fn what_cannot_be_checkpointed_sleeps_frozen_and_says_why() {
+    let node = start();
+    let ring = "
+import ctypes, os, socket
+libc = ctypes.CDLL(None)
+params = (ctypes.c_char * 120)()
+ring = libc.syscall(425, 8, params)
+print('ready' if ring >= 0 else 'none')
+s = socket.create_server(('0.0.0.0', 8080))
+while True:
+    c, _ = s.accept()
+    c.recv(1000)
+    c.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\nConnection: close\\r\\n\\r\\nok')
+    c.close()
+";
+    let user = node.run_agent(&program("ring", ring)).unwrap();
+    node.wait_until("it to speak", SOON, || Ok(!user.log()?.is_empty())).unwrap();
+    if user.log().unwrap().contains("none") {
+        return agentcube_tests::skipped("this machine has no io_uring");
+    }
+    let slept = agentcube(&node, &["sleep", "--or-shallower", "ring"]).check().unwrap();
+    assert!(slept.contains("asleep (frozen)") && slept.contains("io_uring"), "{slept}");
+    assert_eq!(user.http("GET", "/", "").unwrap().body, "ok");
+    woke_for(&node, &user, "traffic");
+}
+
+#[test]
+fn under_systemds_cgroup_driver_agents_sleep_frozen() {
+    let node = sleeper::start();
+    node.sh(
+        "printf 'ignore_missing_controllers = true\\nsystemd_cgroup = true\\n' > /etc/agentcube/systemd.toml",
+    )
+    .unwrap();
+    let agent = node.run_agent(&sleeper::configured(python("a"), "/etc/agentcube/systemd.toml"));
+    let Ok(agent) = agent else {
+        return agentcube_tests::skipped("this node has no systemd");
+    };
+    agent.wait_healthy().unwrap();
+    let slept = agentcube(&node, &["sleep", "--or-shallower", "a"]).check().unwrap();
+    assert!(slept.contains("asleep (frozen)") && slept.contains("systemd_cgroup"), "{slept}");
+    assert_eq!(agent.turn().unwrap(), 0);
+}
+
+#[test]
+fn an_agent_under_a_debugger_sleeps_frozen_and_is_still_under_it_after_the_wake() {
+    let node = start();
+    let debugged = "
+import ctypes, os, time, signal
+libc = ctypes.CDLL(None, use_errno=True)
+child = os.fork()
+if child == 0:
+    while True: time.sleep(100)
+time.sleep(0.5)
+PTRACE_SEIZE = 0x4206
+assert libc.ptrace(PTRACE_SEIZE, child, None, None) == 0, os.strerror(ctypes.get_errno())
+print('ready')
+os.waitpid(child, 0)
+print('told')
+time.sleep(1000)
+";
+    let agent = run(&node, &program("debugged", debugged));
+    assert_refused(&agentcube(&node, &["sleep", "debugged"]), &["debugger"]);
+    freezes_for_good(&node, &agent);
+    agentcube(&node, &["wake", "debugged"]).check().unwrap();
+    let child = node.sh("grep -l '^TracerPid:.[1-9]' /proc/[0-9]*/status").unwrap();
+    assert_eq!(child.lines().count(), 1, "{child}");
+    let child = child.trim().trim_start_matches("/proc/").trim_end_matches("/status").to_owned();
+    freezes_for_good(&node, &agent);
+    node.sh(&format!("kill -TERM {child}")).unwrap();
+    woke_for(&node, &agent, "signal");
+    says(&node, &agent, "told");
 }

@@ -216,37 +216,45 @@ fn frozen(node: &Node, agent: &Agent) -> bool {
 #[test]
 fn a_frozen_agent_stands_still_and_sleeps_deeper_without_waking() {
     let node = start();
+    let agent = node.run_agent(&agent(Image::Python, "a")).unwrap();
+    agent.wait_healthy().unwrap();
+    agent.chat("hello").unwrap();
+    let digest = agent.digest().unwrap();
+    let (task, pids) = (running(&agent), host_pids(&node, &agent));
+
+    sleep_at(&node, &agent, "frozen");
+    assert!(frozen(&node, &agent));
+    assert_eq!(host_pids(&node, &agent), pids);
+    assert_eq!(running(&agent), task);
+    wake(&node, &agent);
+    assert!(!frozen(&node, &agent));
+    assert_eq!(running(&agent), task);
+    assert_eq!(agent.digest().unwrap(), digest);
+
+    sleep_at(&node, &agent, "frozen");
+    thread::sleep(SEVERAL_TICKS);
+    let refused = agentcube(&node, &agent, &["sleep", "--depth", "frozen"]).unwrap_err();
+    assert!(refused.contains("asleep already"), "{refused}");
+    sleep(&node, &agent);
+    assert_eq!(wakes(&node, &agent), 1);
+    let refused = agentcube(&node, &agent, &["sleep"]).unwrap_err();
+    assert!(refused.contains("asleep already"), "{refused}");
+    assert_eq!(running(&agent), task);
+    wake(&node, &agent);
+    assert_eq!(agent.digest().unwrap(), digest);
+}
+
+#[test]
+fn a_frozen_counter_wakes_for_its_own_timer_and_counts_on() {
+    let node = start();
     let counter = node.run_agent(&agent(Image::Counter, "c")).unwrap();
     counts_on(&node, &counter, 2);
-    let task = running(&counter);
-
-    sleep_at(&node, &counter, "frozen");
-    assert!(frozen(&node, &counter));
-    // It starts a new child at each tick while it runs.
-    let pids = host_pids(&node, &counter);
-    assert!(!pids.is_empty());
-    thread::sleep(SEVERAL_TICKS);
-    assert_eq!(host_pids(&node, &counter), pids);
-    assert_eq!(running(&counter), task);
-    wake(&node, &counter);
-    assert!(!frozen(&node, &counter));
-    assert_eq!(running(&counter), task);
-    counts_on(&node, &counter, 2);
-
-    sleep_at(&node, &counter, "frozen");
-    // What was in the pipe when it froze still arrives.
-    thread::sleep(SEVERAL_TICKS);
-    let still = counter.log().unwrap();
-    let refused = agentcube(&node, &counter, &["sleep", "--depth", "frozen"]).unwrap_err();
-    assert!(refused.contains("asleep already"), "{refused}");
-    sleep(&node, &counter);
-    assert_eq!(wakes(&node, &counter), 1);
-    let refused = agentcube(&node, &counter, &["sleep"]).unwrap_err();
-    assert!(refused.contains("asleep already"), "{refused}");
-    assert_eq!(counter.log().unwrap(), still);
-    assert_eq!(running(&counter), task);
-    wake(&node, &counter);
-    assert!(counts_on(&node, &counter, 2) > counted(&still));
+    for round in 1..=CYCLES {
+        sleep_at(&node, &counter, "frozen");
+        node.wait_until("it to wake", SOON, || Ok(wakes(&node, &counter) == round)).unwrap();
+        assert_eq!(inspect(&node, &counter)["last_wake"]["cause"], "timer");
+        counts_on(&node, &counter, 2);
+    }
 }
 
 #[test]
@@ -272,22 +280,41 @@ fn pause_stops_an_agent_and_resume_wakes_it_however_it_sleeps() {
     let refused = task("resume").unwrap_err().to_string();
     assert!(refused.contains("not paused"), "{refused}");
 
-    for depth in ["checkpointed", "frozen"] {
-        sleep_at(&node, &counter, depth);
-        assert_eq!(state(), "RUNNING");
-        task("resume").unwrap();
-        assert_eq!(inspect(&node, &counter)["state"], "running");
-        counts_on(&node, &counter, 2);
+    sleep(&node, &counter);
+    assert_eq!(state(), "RUNNING");
+    task("resume").unwrap();
+    assert_eq!(inspect(&node, &counter)["state"], "running");
+    counts_on(&node, &counter, 2);
 
-        sleep_at(&node, &counter, depth);
-        task("pause").unwrap();
-        thread::sleep(SEVERAL_TICKS);
-        let still = counter.log().unwrap();
-        thread::sleep(SEVERAL_TICKS);
-        assert_eq!(counter.log().unwrap(), still);
-        task("resume").unwrap();
+    sleep(&node, &counter);
+    task("pause").unwrap();
+    thread::sleep(SEVERAL_TICKS);
+    let still = counter.log().unwrap();
+    thread::sleep(SEVERAL_TICKS);
+    assert_eq!(counter.log().unwrap(), still);
+    task("resume").unwrap();
+    assert_eq!(state(), "RUNNING");
+    counts_on(&node, &counter, 2);
+}
+
+#[test]
+fn pause_of_a_frozen_agent_keeps_it_frozen_and_resume_wakes_it() {
+    let node = start();
+    let agent = node.run_agent(&agent(Image::Python, "a")).unwrap();
+    agent.wait_healthy().unwrap();
+    let task = |verb: &str| agent.ctr(&["task", verb, "a"]).unwrap().check().map(drop);
+    let state = || agent.task().unwrap().unwrap().1;
+    for pause in [false, true, true] {
+        sleep_at(&node, &agent, "frozen");
         assert_eq!(state(), "RUNNING");
-        counts_on(&node, &counter, 2);
+        if pause {
+            task("pause").unwrap();
+            assert_eq!(state(), "PAUSED");
+            assert!(frozen(&node, &agent));
+        }
+        task("resume").unwrap();
+        assert_eq!(inspect(&node, &agent)["state"], "running");
+        assert_eq!(agent.turn().unwrap(), 0);
     }
 }
 

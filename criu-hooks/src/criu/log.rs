@@ -71,6 +71,8 @@ pub enum Cause {
 /// The texts by which a cause is known (all of one entry must be in the line), in order of precedence.
 const KNOWN: &[(&[&str], Cause)] = &[
     (&["io_uring"], Cause::IoUring),
+    // EINVAL: the kernel passes every descriptor to CRIU but those of io_uring.
+    (&["send_fds failed (-22)"], Cause::IoUring),
     (&["Can't dump that handle"], Cause::FileWatch),
     (&["fanotify"], Cause::FileWatch),
     (&["Connected TCP socket"], Cause::EstablishedTcp),
@@ -256,6 +258,7 @@ mod tests {
                 "Error (criu/files-ext.c:99): Can't dump file 12 of that type [600] (unknown anon_inode:[io_uring])",
                 Cause::IoUring,
             ),
+            ("Error (compel/src/lib/infect-rpc.c:1): send_fds failed (-22)", Cause::IoUring),
             ("Error (criu/fsnotify.c:284): \tCan't dump that handle", Cause::FileWatch),
             (
                 "Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using --tcp-established option.",

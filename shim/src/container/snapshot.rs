@@ -65,6 +65,7 @@ impl Transition {
             engine: "",
             mode: "",
             classic_because: None,
+            whole_because: None,
             memory_bytes: 0,
             memory: None,
             cause: None,

@@ -1,0 +1,242 @@
+//! A real container under random operations, compared with a model of what must be true of it.
+
+#![allow(clippy::unwrap_used)]
+
+mod sleeper;
+
+use std::time::{Duration, Instant};
+
+use agentcube_tests::node::{Agent, Node, Output};
+use serde_json::Value;
+use sleeper::{agentcube, inspect, python, start};
+
+/// How long it runs; `AGENTCUBE_MODEL_SECONDS` sets another time.
+const TIME: Duration = Duration::from_secs(60);
+
+/// What is done to the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    Freeze,
+    Checkpoint,
+    Deepest,
+    Wake,
+    Pause,
+    Resume,
+    Ask,
+    Tell,
+    Exec,
+    Signal,
+    /// A sleep and a request at the same time.
+    Race(&'static str),
+    /// A sleep and a wake at the same time.
+    Quarrel(&'static str),
+}
+
+const OPERATIONS: [Operation; 16] = [
+    Operation::Freeze,
+    Operation::Freeze,
+    Operation::Checkpoint,
+    Operation::Deepest,
+    Operation::Wake,
+    Operation::Wake,
+    Operation::Pause,
+    Operation::Resume,
+    Operation::Ask,
+    Operation::Tell,
+    Operation::Tell,
+    Operation::Exec,
+    Operation::Signal,
+    Operation::Race("frozen"),
+    Operation::Quarrel("frozen"),
+    Operation::Quarrel("checkpointed"),
+];
+
+/// What must be true of the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Model {
+    Awake,
+    Asleep(&'static str),
+    Paused,
+}
+
+/// Numbers that are the same each time for the same seed (xorshift).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self, below: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % below as u64).unwrap()
+    }
+}
+
+struct Run<'node> {
+    node: &'node Node,
+    agent: Agent<'node>,
+    model: Model,
+    turns: u64,
+    history: Vec<Operation>,
+}
+
+impl Run<'_> {
+    fn sleep(&mut self, depth: &'static str, words: &[&str]) {
+        let line: Vec<&str> = ["sleep", "a"].iter().chain(words).copied().collect();
+        let slept = agentcube(self.node, &line);
+        match self.model {
+            Model::Awake => self.expect(&slept, true),
+            Model::Asleep("frozen") if depth == "checkpointed" => self.expect(&slept, true),
+            Model::Asleep(_) | Model::Paused => return self.expect(&slept, false),
+        }
+        self.model = Model::Asleep(depth);
+    }
+
+    /// Something that needs the agent awake.
+    fn needs(&mut self, output: &Output) {
+        let paused = self.model == Model::Paused;
+        self.expect(output, !paused);
+        if !paused {
+            self.model = Model::Awake;
+        }
+    }
+
+    fn expect(&self, output: &Output, success: bool) {
+        assert_eq!(output.status == 0, success, "{:?} after {:?}: {output:?}", self.model, self.history);
+    }
+
+    fn ctr(&self, words: &[&str]) -> Output {
+        self.agent.ctr(words).unwrap()
+    }
+
+    fn perform(&mut self, operation: Operation) {
+        self.history.push(operation);
+        match operation {
+            Operation::Freeze => self.sleep("frozen", &["--depth", "frozen"]),
+            Operation::Checkpoint => self.sleep("checkpointed", &["--depth", "checkpointed"]),
+            Operation::Deepest => self.sleep("checkpointed", &["--or-shallower"]),
+            Operation::Wake => {
+                let woke = agentcube(self.node, &["wake", "a"]);
+                self.needs(&woke);
+            }
+            Operation::Pause => {
+                self.expect(&self.ctr(&["task", "pause", "a"]), true);
+                // Of a checkpointed agent it changes nothing.
+                if !matches!(self.model, Model::Asleep("checkpointed")) {
+                    self.model = Model::Paused;
+                }
+            }
+            Operation::Resume => {
+                let resumed = self.ctr(&["task", "resume", "a"]);
+                self.expect(&resumed, self.model != Model::Awake);
+                self.model = Model::Awake;
+            }
+            // A checkpointed agent does not listen; a paused one does not answer.
+            Operation::Ask | Operation::Tell
+                if !matches!(self.model, Model::Awake | Model::Asleep("frozen")) => {}
+            Operation::Ask => {
+                assert_eq!(self.agent.turn().unwrap(), self.turns);
+                self.model = Model::Awake;
+            }
+            Operation::Tell => {
+                self.turns += 1;
+                assert_eq!(self.agent.chat("remember this").unwrap().turn, self.turns);
+                self.model = Model::Awake;
+            }
+            Operation::Exec if self.model == Model::Paused => {}
+            Operation::Exec => {
+                let done = self.agent.exec(&["true"]).unwrap();
+                self.needs(&done);
+            }
+            Operation::Signal if self.model == Model::Paused => {}
+            Operation::Signal => {
+                // It does nothing to the agent but has to reach it.
+                let sent = self.ctr(&["task", "kill", "--signal", "SIGCONT", "a"]);
+                self.needs(&sent);
+            }
+            Operation::Race(depth) => self.race(depth),
+            Operation::Quarrel(depth) => self.quarrel(depth),
+        }
+    }
+
+    fn race(&mut self, depth: &'static str) {
+        if self.model != Model::Awake {
+            return;
+        }
+        self.turns += 1;
+        let (turn, _) = std::thread::scope(|scope| {
+            let asked = scope.spawn(|| self.agent.chat("in the middle of it").unwrap().turn);
+            let slept = agentcube(self.node, &["sleep", "--depth", depth, "a"]);
+            (asked.join().unwrap(), slept)
+        });
+        assert_eq!(turn, self.turns, "{:?}", self.history);
+        self.follow();
+    }
+
+    fn quarrel(&mut self, depth: &'static str) {
+        if self.model != Model::Awake {
+            return;
+        }
+        std::thread::scope(|scope| {
+            let woken = scope.spawn(|| agentcube(self.node, &["wake", "a"]));
+            agentcube(self.node, &["sleep", "--depth", depth, "a"]);
+            woken.join().unwrap();
+        });
+        self.follow();
+    }
+
+    /// After a race either outcome is right; it must be one of them, and it must stay.
+    fn follow(&mut self) {
+        let now = self.told();
+        self.model = match (now["state"].as_str(), now["depth"].as_str()) {
+            (Some("running"), _) => Model::Awake,
+            (Some("asleep"), Some("frozen")) => Model::Asleep("frozen"),
+            (Some("asleep"), Some("checkpointed")) => Model::Asleep("checkpointed"),
+            _ => panic!("after {:?}: {now:#}", self.history),
+        };
+    }
+
+    fn told(&self) -> Value {
+        inspect(self.node, "a")
+    }
+
+    fn check(&self) {
+        let now = self.told();
+        let expected = match self.model {
+            Model::Awake => ("running", None),
+            Model::Asleep(depth) => ("asleep", Some(depth)),
+            Model::Paused => ("paused", None),
+        };
+        let found = (now["state"].as_str().unwrap(), now["depth"].as_str());
+        assert_eq!(found, expected, "after {:?}: {now:#}", self.history);
+        let (_, state) = self.agent.task().unwrap().expect("containerd has lost the task");
+        let status = if matches!(self.model, Model::Paused) { "PAUSED" } else { "RUNNING" };
+        assert_eq!(state, status, "after {:?}", self.history);
+    }
+}
+
+#[test]
+fn whatever_is_done_to_an_agent_in_whatever_order_it_is_as_its_model_and_forgets_nothing() {
+    let node = start();
+    let agent = node.run_agent(&python("a")).unwrap();
+    agent.wait_healthy().unwrap();
+    let number = |name| std::env::var(name).ok().and_then(|text: String| text.parse::<u64>().ok());
+    let seed = number("AGENTCUBE_MODEL_SEED").unwrap_or_else(|| u64::from(std::process::id()) | 1);
+    let time = number("AGENTCUBE_MODEL_SECONDS").map_or(TIME, Duration::from_secs);
+    println!("AGENTCUBE_MODEL_SEED={seed}");
+    let mut random = Random(seed);
+    let mut run = Run { node: &node, agent, model: Model::Awake, turns: 0, history: Vec::new() };
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        run.perform(OPERATIONS[random.next(OPERATIONS.len())]);
+        run.check();
+    }
+    // In the end it runs, and knows all that it was told.
+    if matches!(run.model, Model::Paused) {
+        run.perform(Operation::Resume);
+    }
+    run.perform(Operation::Wake);
+    run.perform(Operation::Ask);
+    let now = run.told();
+    println!("{} operations, {} sleeps, {} turns", run.history.len(), now["sleeps"], run.turns);
+    assert!(run.history.len() > 50, "{} operations only", run.history.len());
+}
