@@ -10,7 +10,11 @@
 //!                      any → Stopped
 //! ```
 
+mod asleep;
+
 use std::fmt;
+
+use self::asleep::{frozen, reclaimed, reclaiming};
 
 /// How deep an agent sleeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -294,7 +298,9 @@ pub fn step(state: State, facts: Facts, event: Event) -> Result<Step, Refusal> {
         State::Frozen { by } => frozen(by, facts, event),
         State::Reclaiming => reclaiming(event),
         State::Reclaimed => reclaimed(facts, event),
-        State::Dumping { asleep, woken, killed, exited } => dumping(asleep, woken, killed, exited, event),
+        State::Dumping { asleep, woken, killed, exited } => {
+            dumping(Dump { asleep, woken, killed, exited }, event)
+        }
         State::Checkpointed => checkpointed(event),
         State::Restoring { killed } => restoring(killed, event),
         State::Stopped => stopped(event),
@@ -350,75 +356,17 @@ fn running(facts: Facts, event: Event) -> Result<Step, Refusal> {
     }
 }
 
-fn frozen(by: FrozenBy, facts: Facts, event: Event) -> Result<Step, Refusal> {
-    let here = State::Frozen { by };
-    match (by, event) {
-        (_, Event::Start) => Err(Refusal::AlreadyStarted),
-        (_, Event::FreezeFailed) => to(State::Running, &[Effect::Thaw, Effect::Release]),
-        // A frozen process dies of SIGKILL as any other; the cgroup must not stay frozen behind it.
-        (_, Event::Kill) => to(here, &[Effect::Kill]),
-        (_, Event::Exited) => to(State::Stopped, &[Effect::Thaw, Effect::ReportExit, Effect::Refuse]),
-        (FrozenBy::Client, Event::Resume) | (FrozenBy::Sleep, Event::Resume | Event::Wake | Event::Need) => {
-            to(State::Running, &[Effect::Thaw, Effect::Release])
-        }
-        (FrozenBy::Client, Event::Pause) => to(here, &[]),
-        (FrozenBy::Client, Event::Sleep(_) | Event::Wake | Event::Need) => Err(Refusal::Paused),
-        (FrozenBy::Sleep, Event::Sleep(Depth::Frozen)) => Err(Refusal::AlreadyAsleep(Depth::Frozen)),
-        (FrozenBy::Sleep, Event::Sleep(Depth::Checkpointed)) => {
-            facts.allow_dump()?;
-            to(DEEPENING, &[Effect::Unwatch, Effect::Dump])
-        }
-        (FrozenBy::Sleep, Event::Sleep(Depth::Reclaimed)) => to(State::Reclaiming, &[Effect::Reclaim]),
-        (FrozenBy::Sleep, Event::Pause) => to(PAUSED, &[Effect::Unwatch, Effect::PublishPaused]),
-        (
-            _,
-            Event::ThawFailed(_)
-            | Event::StartDone { .. }
-            | Event::ReclaimDone { .. }
-            | Event::DumpDone(_)
-            | Event::RestoreDone { .. },
-        ) => to(here, &[]),
-    }
+/// What is known of a dump under way: the fields of [`State::Dumping`].
+#[derive(Clone, Copy)]
+struct Dump {
+    asleep: bool,
+    woken: bool,
+    killed: bool,
+    exited: bool,
 }
 
-fn reclaiming(event: Event) -> Result<Step, Refusal> {
-    match event {
-        Event::Start => Err(Refusal::AlreadyStarted),
-        Event::Sleep(_) => Err(Refusal::FallingAsleep),
-        Event::FreezeFailed => to(State::Running, &[Effect::CancelReclaim, Effect::Thaw, Effect::Release]),
-        // What was pushed out comes back page by page; the rest is there at once.
-        Event::Wake | Event::Need | Event::Resume => {
-            to(State::Running, &[Effect::CancelReclaim, Effect::Thaw, Effect::Release])
-        }
-        Event::Pause => to(PAUSED, &[Effect::CancelReclaim, Effect::Unwatch, Effect::PublishPaused]),
-        Event::Kill => to(State::Reclaiming, &[Effect::Kill]),
-        Event::Exited => {
-            let effects = [Effect::CancelReclaim, Effect::Thaw, Effect::ReportExit, Effect::Refuse];
-            to(State::Stopped, &effects)
-        }
-        Event::ReclaimDone { ok: true } => to(State::Reclaimed, &[]),
-        Event::ReclaimDone { ok: false } => to(ASLEEP_FROZEN, &[]),
-        Event::ThawFailed(_) | Event::StartDone { .. } | Event::DumpDone(_) | Event::RestoreDone { .. } => {
-            to(State::Reclaiming, &[])
-        }
-    }
-}
-
-fn reclaimed(facts: Facts, event: Event) -> Result<Step, Refusal> {
-    match event {
-        Event::Sleep(Depth::Frozen | Depth::Reclaimed) => Err(Refusal::AlreadyAsleep(Depth::Reclaimed)),
-        Event::Kill => to(State::Reclaimed, &[Effect::Kill]),
-        Event::ThawFailed(_)
-        | Event::StartDone { .. }
-        | Event::ReclaimDone { .. }
-        | Event::DumpDone(_)
-        | Event::RestoreDone { .. } => to(State::Reclaimed, &[]),
-        // Its processes are frozen, wherever their memory is.
-        _ => frozen(FrozenBy::Sleep, facts, event),
-    }
-}
-
-fn dumping(asleep: bool, woken: bool, killed: bool, exited: bool, event: Event) -> Result<Step, Refusal> {
+fn dumping(dump: Dump, event: Event) -> Result<Step, Refusal> {
+    let Dump { asleep, woken, killed, exited } = dump;
     let stay = |woken, killed, exited, effects: &[Effect]| {
         to(State::Dumping { asleep, woken, killed, exited }, effects)
     };

@@ -222,7 +222,7 @@ pub trait Runtime: Send + Sync {
     /// Freezes all processes; on error none is frozen.
     async fn freeze(&self) -> Result<(), RuntimeError>;
     /// From now until the next thaw, dump or [`Self::unwatch`], [`Self::demand`] also notices what would have made the
-    /// frozen container run. [`RuntimeError::Busy`] when it has something to do now, or not all of its memory yet.
+    /// frozen container run. [`RuntimeError::Busy`] when it has something to do now.
     async fn watch(&self) -> Result<(), RuntimeError>;
     /// Ends the watch.
     fn unwatch(&self);

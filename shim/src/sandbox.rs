@@ -136,14 +136,14 @@ fn rules_out_the_depth(error: &TaskError) -> bool {
 
 /// Puts a container to sleep in a moment when it has nothing to do.
 async fn sleep_when_idle(handle: &Handle, depth: Depth) -> Result<Transition, TaskError> {
-    if depth < Depth::Checkpointed {
-        // A dump waits for that by itself, and can be given up meanwhile.
-        handle.runtime().settle().await;
-    }
     let begun = Instant::now();
     loop {
         match handle.sleep(depth).await {
-            Err(error) if is_busy(&error) && begun.elapsed() < BUSY => tokio::time::sleep(AT_WORK).await,
+            Err(error) if is_busy(&error) && begun.elapsed() < BUSY => {
+                // What it waits for may be written in memory that has not come yet since its last wake.
+                handle.runtime().settle().await;
+                tokio::time::sleep(AT_WORK).await;
+            }
             other => return other,
         }
     }

@@ -30,7 +30,8 @@ fn a_log_has_no_gap_and_no_double_line_over_many_cycles() {
         // At another point of the counter's 100 ms each time.
         thread::sleep(Duration::from_millis(round * 17));
         sleep_at(&node, &counter, if round % 3 == 2 { "frozen" } else { "checkpointed" });
-        wake(&node, &counter);
+        // A frozen counter may have woken for its timer.
+        agentcube(&node, &counter, &["wake"]).unwrap();
     }
     counts_on(&node, &counter, 3);
 }

@@ -13,14 +13,14 @@ use crate::{
     reclaim::{self, Limit},
     runtime::{ReclaimReport, RuntimeError, Veto},
     wake::WakeCause,
-    watch::{self, Before, Interrupted, Watch},
+    watch::{self, Before, Examined, Interrupted, Watch},
 };
 
 /// What is known of a container in the freezer.
 #[derive(Default)]
 pub(super) struct Frozen {
-    /// How it was just before, and when it stood still.
-    before: Option<(Before, Instant)>,
+    /// What it waits for, as long as that is not watched.
+    examined: Option<Result<Examined, watch::Error>>,
     interrupted: Interrupted,
     watch: Option<Arc<Watch>>,
     /// Its memory has been pushed out, as far as it went.
@@ -37,37 +37,47 @@ impl RuncContainer {
         self.cgroup.procs().map_err(failed)
     }
 
-    /// Freezes it, and remembers what the watch must know.
+    /// Freezes it, and finds out what it waits for.
     pub(super) async fn stop(&self) -> Result<(), RuntimeError> {
-        // To look at memory that has not come yet is to wait for it, which a client that pauses need not.
-        let before = if self.fill_is_complete() {
-            let processes = self.processes()?;
-            Some(blocking(move || watch::look(&processes)).await?)
-        } else {
-            None
-        };
+        let before = self.look().await?;
         self.cgroup.freeze(FREEZE).await.map_err(failed)?;
         self.io.set_asleep(true);
-        self.lock().frozen.before = before.map(|before| (before, Instant::now()));
+        let examined = self.examine(before).await?;
+        self.lock().frozen.examined = Some(examined);
         Ok(())
+    }
+
+    /// Looks at it before a freeze.
+    pub(super) async fn look(&self) -> Result<Before, RuntimeError> {
+        let processes = self.processes()?;
+        blocking(move || watch::look(&processes)).await
+    }
+
+    /// Finds out what it waits for, and what a freeze has interrupted that was now, or ended just now.
+    pub(super) async fn examine(
+        &self,
+        before: Before,
+    ) -> Result<Result<Examined, watch::Error>, RuntimeError> {
+        let frozen = Instant::now();
+        let processes = self.processes()?;
+        let mut interrupted = std::mem::take(&mut self.lock().frozen.interrupted);
+        let (examined, interrupted) = blocking(move || {
+            let examined = watch::examine(processes, &before, frozen, &mut interrupted);
+            (examined, interrupted)
+        })
+        .await?;
+        self.lock().frozen.interrupted = interrupted;
+        Ok(examined)
     }
 
     /// Takes duplicates of what the frozen container waits for.
     pub(super) async fn begin_watch(&self) -> Result<(), RuntimeError> {
-        let processes = self.processes()?;
-        let (before, mut interrupted) = {
-            let mut inner = self.lock();
-            (inner.frozen.before.take(), std::mem::take(&mut inner.frozen.interrupted))
+        let examined = self.lock().frozen.examined.take();
+        let examined = examined.ok_or_else(|| failed("it was frozen by something else"))?;
+        let prepared = match examined {
+            Ok(examined) => blocking(move || watch::watch(examined)).await?,
+            Err(error) => Err(error),
         };
-        let (before, frozen) = before.ok_or_else(|| {
-            RuntimeError::Busy("the memory of its last wake is still on its way".to_owned())
-        })?;
-        let (prepared, interrupted) = blocking(move || {
-            let prepared = watch::watch(&processes, &before, frozen, &mut interrupted);
-            (prepared, interrupted)
-        })
-        .await?;
-        self.lock().frozen.interrupted = interrupted;
         let prepared = prepared.map_err(|error| match error {
             watch::Error::Busy(_) => RuntimeError::Busy(error.to_string()),
             other => precondition(other),
@@ -102,8 +112,9 @@ impl RuncContainer {
         Ok(())
     }
 
-    /// Pushes out its memory.
+    /// Pushes out its memory, when all of it is there. A wake need not wait for either.
     pub(super) async fn push_out(&self, veto: Veto) -> Result<ReclaimReport, RuntimeError> {
+        self.complete_fill().await?;
         let processes = self.processes()?;
         let cgroup = self.cgroup.path().to_owned();
         let time = Duration::from_secs(self.options.reclaim_timeout.into());

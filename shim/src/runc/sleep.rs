@@ -141,12 +141,18 @@ impl RuncContainer {
     }
 
     pub(super) async fn put_to_sleep(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
+        // A dump that fails has interrupted what the agent waits for.
+        let before = self.look().await;
         let outcome = self.freeze_and_dump(veto).await;
         if let Err(error) = &outcome {
             self.io.abort_dump();
             // Also when it failed before the engine had a hand in it.
             if let Err(thaw) = self.cgroup.thaw().await {
                 warn!(id = %self.id, %error, %thaw, "it could not be thawed after a sleep that failed");
+            }
+            // It runs, so what it waits for is of no use; what was interrupted is remembered.
+            if let Ok(before) = before {
+                let _ = self.examine(before).await;
             }
         }
         outcome
@@ -399,12 +405,8 @@ impl RuncContainer {
         });
     }
 
-    /// Whether nothing more is to come of the last wake's memory.
-    pub(super) fn fill_is_complete(&self) -> bool {
-        self.lock().fill.as_ref().is_none_or(Fill::is_complete)
-    }
-
-    /// Waits until all memory of the last wake is there: no dump may be without a part of it.
+    /// Waits until all memory of the last wake is there: no dump may be without a part of it, and a reclaim
+    /// would only push out what has come.
     pub(super) async fn complete_fill(&self) -> Result<(), RuntimeError> {
         let fill = self.lock().fill.clone();
         if let Some(mut fill) = fill {

@@ -17,6 +17,13 @@ pub struct Call {
     pub instruction: u64,
 }
 
+impl Call {
+    /// Whether this may be `other`, taken up again after an interruption: of the same place and arguments.
+    pub fn is_rest_of(&self, other: &Call) -> bool {
+        Call { number: other.number, ..*self } == *other
+    }
+}
+
 /// Reads the memory of a process: exactly so many bytes from an address.
 pub type Memory<'a> = &'a dyn Fn(u64, &mut [u8]) -> io::Result<()>;
 
@@ -151,14 +158,14 @@ const CLOCK_REALTIME: u64 = 0;
 const CLOCK_TAI: u64 = 11;
 const FUTEX_CLOCK_REALTIME: u64 = 256;
 
-fn on(descriptor: u64, readiness: EventFlags, takes: bool) -> Result<Wait, Unclear> {
+fn on(descriptor: u64, readiness: EventFlags, takes: bool) -> Wait {
     // A descriptor is an int: the upper half of its register means nothing.
     #[allow(clippy::cast_possible_truncation)]
-    Ok(Wait { descriptors: vec![(descriptor as i32, readiness)], until: None, takes })
+    Wait { descriptors: vec![(descriptor as i32, readiness)], until: None, takes }
 }
 
-fn time(until: Option<Until>) -> Result<Wait, Unclear> {
-    Ok(Wait { until, ..Wait::default() })
+fn time(until: Option<Until>) -> Wait {
+    Wait { until, ..Wait::default() }
 }
 
 /// What a thread in `call` waits for. To be asked while it is frozen: the kernel writes down what is left of some
@@ -170,20 +177,20 @@ pub fn wait_of(call: &Call, memory: Memory) -> Result<Wait, Unclear> {
     let [first, second, third, fourth, fifth, _] = call.arguments;
     match call.number {
         number::READ | number::READV | number::MQ_TIMEDRECEIVE | newer::IO_URING_ENTER => {
-            on(first, EventFlags::IN, true)
+            Ok(on(first, EventFlags::IN, true))
         }
         number::ACCEPT | number::ACCEPT4 | number::RECVFROM | number::RECVMSG | number::RECVMMSG => {
-            on(first, EventFlags::IN, true)
+            Ok(on(first, EventFlags::IN, true))
         }
         number::WRITE | number::WRITEV | number::SENDTO | number::SENDMSG | number::CONNECT => {
-            on(first, EventFlags::OUT, true)
+            Ok(on(first, EventFlags::OUT, true))
         }
         number::EPOLL_WAIT | number::EPOLL_PWAIT => {
-            Ok(Wait { until: milliseconds(fourth), ..on(first, EventFlags::IN, false)? })
+            Ok(Wait { until: milliseconds(fourth), ..on(first, EventFlags::IN, false) })
         }
         newer::EPOLL_PWAIT2 => {
             let until = timespec(memory, fourth)?.map(Until::Lasts);
-            Ok(Wait { until, ..on(first, EventFlags::IN, false)? })
+            Ok(Wait { until, ..on(first, EventFlags::IN, false) })
         }
         number::POLL => {
             Ok(Wait { descriptors: polled(memory, first, second)?, until: milliseconds(third), takes: false })
@@ -198,17 +205,17 @@ pub fn wait_of(call: &Call, memory: Memory) -> Result<Wait, Unclear> {
             let descriptors = selected(memory, first, [second, third, fourth])?;
             Ok(Wait { descriptors, until, takes: false })
         }
-        number::NANOSLEEP => time(relative_sleep(memory, first, second)?),
-        number::CLOCK_NANOSLEEP if second & 1 == 0 => time(relative_sleep(memory, third, fourth)?),
-        number::CLOCK_NANOSLEEP => time(timespec(memory, third)?.map(|at| absolute(first, at))),
+        number::NANOSLEEP => Ok(time(relative_sleep(memory, first, second)?)),
+        number::CLOCK_NANOSLEEP if second & 1 == 0 => Ok(time(relative_sleep(memory, third, fourth)?)),
+        number::CLOCK_NANOSLEEP => Ok(time(timespec(memory, third)?.map(|at| absolute(first, at)))),
         number::FUTEX => futex(memory, second, fourth),
-        newer::FUTEX_WAITV => time(timespec(memory, fourth)?.map(|at| absolute(fifth, at))),
+        newer::FUTEX_WAITV => Ok(time(timespec(memory, fourth)?.map(|at| absolute(fifth, at)))),
         newer::FUTEX_WAIT => {
             let [.., clock] = call.arguments;
-            time(timespec(memory, fifth)?.map(|at| absolute(clock, at)))
+            Ok(time(timespec(memory, fifth)?.map(|at| absolute(clock, at))))
         }
-        number::RT_SIGTIMEDWAIT => time(timespec(memory, third)?.map(Until::Lasts)),
-        number::SEMTIMEDOP => time(timespec(memory, fourth)?.map(Until::Lasts)),
+        number::RT_SIGTIMEDWAIT => Ok(time(timespec(memory, third)?.map(Until::Lasts))),
+        number::SEMTIMEDOP => Ok(time(timespec(memory, fourth)?.map(Until::Lasts))),
         // What ends these comes from threads of the same container, which are frozen too, or as a signal.
         number::WAIT4
         | number::WAITID
@@ -229,13 +236,13 @@ fn futex(memory: Memory, operation: u64, timeout: u64) -> Result<Wait, Unclear> 
         |at| if operation & FUTEX_CLOCK_REALTIME == 0 { Until::Monotonic(at) } else { Until::Realtime(at) };
     match operation & 0x7f {
         // FUTEX_WAIT
-        0 => time(at()?.map(Until::Lasts)),
+        0 => Ok(time(at()?.map(Until::Lasts))),
         // FUTEX_WAIT_BITSET, FUTEX_WAIT_REQUEUE_PI
-        9 | 11 => time(at()?.map(clock)),
+        9 | 11 => Ok(time(at()?.map(clock))),
         // FUTEX_LOCK_PI
-        6 => time(at()?.map(Until::Realtime)),
+        6 => Ok(time(at()?.map(Until::Realtime))),
         // FUTEX_LOCK_PI2
-        13 => time(at()?.map(clock)),
+        13 => Ok(time(at()?.map(clock))),
         _ => Err(Unclear::Runs),
     }
 }
@@ -243,7 +250,7 @@ fn futex(memory: Memory, operation: u64, timeout: u64) -> Result<Wait, Unclear> 
 /// A time limit in milliseconds, an int; negative for none.
 fn milliseconds(register: u64) -> Option<Until> {
     #[allow(clippy::cast_possible_truncation)]
-    let limit = register as u32 as i32;
+    let limit = (register as u32).cast_signed();
     u64::try_from(limit).ok().map(|limit| Until::Lasts(Duration::from_millis(limit)))
 }
 

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use super::*;
 
-const MINUTE: Duration = Duration::from_secs(60);
+const MINUTE: Duration = Duration::from_mins(1);
 
 fn call(number: u64, arguments: [u64; 6]) -> Call {
     Call { number, arguments, stack: 1 << 40, instruction: 1 << 30 }

@@ -123,7 +123,7 @@ impl Interrupted {
     /// The wait that a thread has taken up again after its last freeze.
     fn of(&self, thread: &Thread, call: &Call) -> Option<Known> {
         let known = self.0.get(&thread.id)?;
-        let same = Call { number: known.call.number, ..*call } == known.call;
+        let same = call.is_rest_of(&known.call);
         // Back to the call, and into the freezer: with more it may be another call that looks the same.
         let again = call.number == RESTART || thread.switches <= known.switches + 2;
         (same && again).then_some(*known)
@@ -169,19 +169,15 @@ fn stood_still(before: &Thread, after: &Thread) -> bool {
     before.call == after.call && after.switches <= before.switches + 1 && before.read == after.read
 }
 
-/// One thread after the freeze: what it waits for and until when.
+/// One thread after the freeze: what it waits for, and what is to be known of it when it goes on.
 fn wait_of(
     before: &Before,
     thread: &Thread,
     frozen: Instant,
     interrupted: &Interrupted,
-) -> Result<(Wait, Call, Option<Instant>), Error> {
+) -> Result<(Wait, Known), Error> {
     let busy = |what: &str| Error::Busy(format!("thread {} ({}) {what}", thread.id, thread.name));
-    if thread.signalled {
-        return Err(busy("has a signal to act on"));
-    }
-    let earlier = before.threads.get(&thread.id).filter(|earlier| stood_still(earlier, thread));
-    let (Some(earlier), Some(call)) = (earlier, thread.call) else { return Err(busy("runs")) };
+    let Some(call) = thread.call else { return Err(busy("runs")) };
     // A program of 32 bits has other numbers.
     if call.stack < 1 << 32 {
         return Err(Error::Unseen {
@@ -190,8 +186,15 @@ fn wait_of(
             what: "a 32-bit system call",
         });
     }
+    let earlier = before.threads.get(&thread.id);
+    let seen = earlier.and_then(|earlier| earlier.call);
     let resumed = interrupted.of(thread, &call);
-    let real = resumed.map_or(call, |known| known.call);
+    let real = match (resumed, seen) {
+        (Some(known), _) => known.call,
+        // Interrupted since it was looked at.
+        (None, Some(seen)) if call.number == RESTART && call.is_rest_of(&seen) => seen,
+        _ => call,
+    };
     let space =
         Space::open(thread.process).map_err(|error| busy(&format!("cannot be looked at: {error}")))?;
     let wait = calls::wait_of(&real, &|address, bytes| space.read(address, bytes)).map_err(|unclear| {
@@ -207,68 +210,91 @@ fn wait_of(
         // A limit that is written down as what is left begins anew after each freeze; its program's clock does not.
         (Some(known), Some(Until::Left(_))) => known.until,
         (Some(known), _) if call.number == RESTART => known.until,
-        _ => wait.until.and_then(|until| deadline(until, frozen, elapsed(earlier, thread))),
+        _ => {
+            let elapsed = earlier.filter(|_| seen == Some(real)).map(|earlier| elapsed(earlier, thread));
+            wait.until.and_then(|until| deadline(until, frozen, elapsed.unwrap_or_default()))
+        }
     };
-    Ok((wait, real, until))
+    Ok((wait, Known { call: real, until, switches: thread.switches }))
 }
 
-/// Finds out what an agent waits for that was frozen at `frozen`, and takes duplicates of it. Blocks for some ten
-/// microseconds a thread and a descriptor.
+/// What the threads of a frozen agent wait for.
+#[derive(Debug)]
+pub struct Examined {
+    wanted: Wanted,
+    deadline: Option<Instant>,
+    takes: bool,
+    packets: Option<u64>,
+    processes: Vec<Pid>,
+}
+
+/// Finds out what an agent waits for that was frozen at `frozen`, and remembers what the freeze has interrupted. Blocks for
+/// some ten microseconds a thread.
 ///
 /// # Errors
-/// [`Error`], and nothing is held.
-pub fn watch(
-    processes: &[Pid],
+/// [`Error::Busy`] and [`Error::Unseen`]; what was interrupted is remembered all the same.
+pub fn examine(
+    processes: Vec<Pid>,
     before: &Before,
     frozen: Instant,
     interrupted: &mut Interrupted,
-) -> Result<Prepared, Error> {
-    let threads = threads::all(processes);
-    let mut owners = Owners::default();
+) -> Result<Examined, Error> {
     let mut wanted = Wanted::new();
     let mut deadlines = Vec::new();
     let mut takes = false;
     let mut remembered = HashMap::new();
     let mut outcome = Ok(());
-    for thread in threads.iter().filter(|thread| !thread.is_stopped()) {
+    for thread in threads::all(&processes).iter().filter(|thread| !thread.is_stopped()) {
+        let still = before.threads.get(&thread.id).is_some_and(|earlier| stood_still(earlier, thread));
+        let busy = |what: &str| Err(Error::Busy(format!("thread {} ({}) {what}", thread.id, thread.name)));
         match wait_of(before, thread, frozen, interrupted) {
-            Ok((wait, call, until)) => {
-                remembered.insert(thread.id, Known { call, until, switches: thread.switches });
-                deadlines.extend(until);
+            Ok((wait, known)) => {
+                remembered.insert(thread.id, known);
+                deadlines.extend(known.until);
                 takes |= wait.takes;
                 for (number, readiness) in wait.descriptors {
                     *wanted.entry((thread.process, number)).or_insert(readiness) |= readiness;
                 }
             }
-            // The others are still remembered: they have been interrupted, whatever comes of this.
             Err(error) => outcome = outcome.and(Err(error)),
+        }
+        if thread.signalled {
+            outcome = outcome.and(busy("has a signal to act on"));
+        } else if !still {
+            outcome = outcome.and(busy("runs"));
         }
     }
     *interrupted = Interrupted(remembered);
     outcome?;
+    Ok(Examined { wanted, deadline: deadlines.into_iter().min(), takes, packets: before.packets, processes })
+}
+
+/// Takes duplicates of what a frozen agent waits for. Blocks for some microseconds a descriptor.
+///
+/// # Errors
+/// [`Error`], and nothing is held.
+pub fn watch(examined: Examined) -> Result<Prepared, Error> {
+    let Examined { wanted, deadline, takes, packets, processes } = examined;
+    let mut owners = Owners::default();
     let mut told = false;
     for &(process, number) in wanted.keys() {
         let epoll = descriptors::epoll(process, number);
-        told |= epoll.as_ref().is_some_and(|epoll| epoll.reports_once());
+        told |= epoll.as_ref().is_some_and(descriptors::Epoll::reports_once);
         if let Some(epoll) = epoll
             && epoll.owes_a_read(&mut owners, process)?
         {
             return Err(Error::Busy(format!("process {process} has not read all that it was told of")));
         }
     }
-    if takes || told {
-        let now = processes.first().and_then(|&first| threads::packets(first));
-        if now != before.packets {
-            return Err(Error::Busy("packets came as it was frozen".to_owned()));
-        }
+    if (takes || told) && processes.first().and_then(|&first| threads::packets(first)) != packets {
+        return Err(Error::Busy("packets came as it was frozen".to_owned()));
     }
     let duplicates = Duplicates::take(&mut owners, &wanted)?;
-    let deadline = deadlines.into_iter().min();
     if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
         return Err(Error::Busy("a time that it waits for has come".to_owned()));
     }
-    debug!(threads = threads.len(), descriptors = duplicates.len(), ?deadline, "watching");
-    Ok(Prepared { duplicates, deadline, processes: processes.to_vec() })
+    debug!(descriptors = duplicates.len(), ?deadline, "watching");
+    Ok(Prepared { duplicates, deadline, processes })
 }
 
 /// A frozen agent that is watched. Dropping it gives all duplicates back.

@@ -26,23 +26,52 @@ const EPOLL_PWAIT: u64 = if cfg!(target_arch = "x86_64") { 281 } else { 22 };
 
 #[test]
 fn a_thread_that_did_anything_since_it_was_looked_at_is_at_work() {
-    let waits = |earlier: Thread, later: &Thread| {
-        wait_of(&before(earlier), later, Instant::now(), &Interrupted::default()).map(|(wait, ..)| wait)
-    };
     let (earlier, later) = (thread(EPOLL_PWAIT, 7), thread(EPOLL_PWAIT, 8));
-    assert_eq!(waits(earlier.clone(), &later).unwrap().descriptors.len(), 1);
+    assert!(stood_still(&earlier, &later) && stood_still(&earlier, &earlier));
     let changed = [
         thread(EPOLL_PWAIT, 9),
         thread(EPOLL_PWAIT + 1000, 8),
         Thread { call: None, ..later.clone() },
         Thread { read: Some(1), ..later.clone() },
-        Thread { signalled: true, ..later.clone() },
-        Thread { id: Pid::INIT, ..later.clone() },
     ];
     for later in changed {
-        let error = waits(earlier.clone(), &later).unwrap_err();
-        assert!(matches!(error, Error::Busy(_)), "{later:?}: {error}");
+        assert!(!stood_still(&earlier, &later), "{later:?}");
     }
+}
+
+#[test]
+fn threads_that_run_are_told_and_those_that_wait_are_remembered_all_the_same() {
+    let me = rustix::process::getpid();
+    let (reader, writer) = std::io::pipe().unwrap();
+    let blocked = std::thread::spawn(move || std::io::Read::read(&mut &reader, &mut [0]));
+    let find = || {
+        let all = threads::all(&[me]);
+        all.into_iter().find(|thread| {
+            let waits = |call: Call| calls::wait_of(&call, &|_, _| Ok(())).is_ok_and(|wait| wait.takes);
+            thread.call.is_some_and(waits)
+        })
+    };
+    let waiting = loop {
+        if let Some(found) = find() {
+            break found;
+        }
+        std::thread::yield_now();
+    };
+    let mut interrupted = Interrupted::default();
+    let error = examine(vec![me], &look(&[me]), Instant::now(), &mut interrupted).unwrap_err();
+    assert!(matches!(error, Error::Busy(_)), "this thread runs: {error}");
+    assert!(interrupted.0.contains_key(&waiting.id));
+    drop(writer);
+    let _ = blocked.join();
+}
+
+#[test]
+fn what_a_freeze_has_interrupted_since_the_last_look_is_known_from_that_look() {
+    let first = thread(EPOLL_PWAIT, 7);
+    let call = first.call.unwrap();
+    let later = Thread { call: Some(Call { number: RESTART, ..call }), switches: 9, ..first.clone() };
+    let (wait, known) = wait_of(&before(first), &later, Instant::now(), &Interrupted::default()).unwrap();
+    assert_eq!((wait.descriptors.len(), known.call), (1, call));
 }
 
 #[test]
@@ -54,8 +83,8 @@ fn an_interrupted_wait_is_known_again_by_its_registers_and_ends_when_it_was_to_e
     let restarted =
         |instruction| Thread { call: Some(Call { number: RESTART, instruction, ..call }), ..first.clone() };
     let same = restarted(call.instruction);
-    let (wait, real, until) = wait_of(&before(same.clone()), &same, Instant::now(), &interrupted).unwrap();
-    assert_eq!((wait.descriptors.len(), real, until), (1, call, Some(end)));
+    let (wait, known) = wait_of(&before(same.clone()), &same, Instant::now(), &interrupted).unwrap();
+    assert_eq!((wait.descriptors.len(), known.call, known.until), (1, call, Some(end)));
     let other = restarted(call.instruction + 1);
     let error = wait_of(&before(other.clone()), &other, Instant::now(), &interrupted).unwrap_err();
     assert!(matches!(error, Error::Unseen { .. }), "{error}");
