@@ -379,7 +379,7 @@ fn storm(agent: &Agent, clients: usize, stop: &AtomicBool) -> usize {
                 let turn = agent.chat(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
                 assert!(turn.reply.contains(&text), "{text}: answered {:?}", turn.reply);
                 asked += 1;
-                thread::sleep(Duration::from_millis(u64::try_from(number).unwrap_or(0) * 7 % 100));
+                thread::sleep(Duration::from_millis(20 + u64::try_from(number).unwrap() * 7 % 100));
             }
             asked
         };

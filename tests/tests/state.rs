@@ -15,8 +15,8 @@ use agentcube_tests::skipped;
 use containerd_shim::protos::api::UpdateTaskRequest;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use cycle::{
-    SOON, agent, agentcube, assert_asleep, cgroup, counted, counts_on, host_pids, inspect, patience, running,
-    script, shim, sleep, sleep_at, start, wake, wakes,
+    SOON, agent, agentcube, assert_asleep, cgroup, counts_on, host_pids, inspect, patience, running, script,
+    shim, sleep, sleep_at, start, wake, wakes,
 };
 use serde_json::{Value, json};
 

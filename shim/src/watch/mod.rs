@@ -36,6 +36,9 @@ use crate::wake::WakeCause;
 
 /// How often a sleeping agent is looked at for signals, which nothing tells of: `alarm` and the like arrive that late.
 const SIGNALS: Duration = Duration::from_secs(1);
+/// How often a thread goes to sleep, at most, on its way out of the freezer, back to its call and into the freezer again.
+/// With more it may be in another call that looks the same.
+const AGAIN: u64 = 6;
 /// How many processes are looked at for signals.
 const MOST_SIGNALLED: usize = 64;
 
@@ -115,6 +118,8 @@ pub struct Interrupted(HashMap<Pid, Known>);
 struct Known {
     call: Call,
     until: Option<Instant>,
+    /// What was left of its time limit, where the kernel writes that down.
+    left: Option<Duration>,
     /// How often its thread had gone to sleep by then, the freezer included.
     switches: u64,
 }
@@ -124,8 +129,7 @@ impl Interrupted {
     fn of(&self, thread: &Thread, call: &Call) -> Option<Known> {
         let known = self.0.get(&thread.id)?;
         let same = call.is_rest_of(&known.call);
-        // Back to the call, and into the freezer: with more it may be another call that looks the same.
-        let again = call.number == RESTART || thread.switches <= known.switches + 2;
+        let again = call.number == RESTART || thread.switches <= known.switches + AGAIN;
         (same && again).then_some(*known)
     }
 }
@@ -207,15 +211,21 @@ fn wait_of(
         }
     })?;
     let until = match (resumed, wait.until) {
-        // A limit that is written down as what is left begins anew after each freeze; its program's clock does not.
-        (Some(known), Some(Until::Left(_))) => known.until,
         (Some(known), _) if call.number == RESTART => known.until,
+        // A limit that is written down as what is left begins anew after each freeze; its program's clock does not.
+        (Some(known), Some(Until::Left(left))) if known.left.is_some_and(|before| left <= before) => {
+            known.until
+        }
         _ => {
             let elapsed = earlier.filter(|_| seen == Some(real)).map(|earlier| elapsed(earlier, thread));
             wait.until.and_then(|until| deadline(until, frozen, elapsed.unwrap_or_default()))
         }
     };
-    Ok((wait, Known { call: real, until, switches: thread.switches }))
+    let left = match wait.until {
+        Some(Until::Left(left)) => Some(left),
+        _ => None,
+    };
+    Ok((wait, Known { call: real, until, left, switches: thread.switches }))
 }
 
 /// What the threads of a frozen agent wait for.

@@ -79,7 +79,8 @@ fn an_interrupted_wait_is_known_again_by_its_registers_and_ends_when_it_was_to_e
     let end = Instant::now() + Duration::from_secs(50);
     let first = thread(EPOLL_PWAIT, 7);
     let call = first.call.unwrap();
-    let interrupted = Interrupted(HashMap::from([(first.id, Known { call, until: Some(end), switches: 5 })]));
+    let interrupted =
+        Interrupted(HashMap::from([(first.id, Known { call, until: Some(end), left: None, switches: 5 })]));
     let restarted =
         |instruction| Thread { call: Some(Call { number: RESTART, instruction, ..call }), ..first.clone() };
     let same = restarted(call.instruction);
@@ -124,9 +125,11 @@ async fn a_watch_tells_of_readiness_and_of_time() {
 fn a_wait_of_the_same_registers_is_another_one_when_its_thread_has_run_in_between() {
     let known = thread(EPOLL_PWAIT, 7);
     let call = known.call.unwrap();
-    let interrupted =
-        Interrupted(HashMap::from([(known.id, Known { call, until: None, switches: known.switches })]));
+    let interrupted = Interrupted(HashMap::from([(
+        known.id,
+        Known { call, until: None, left: None, switches: known.switches },
+    )]));
     assert!(interrupted.of(&thread(EPOLL_PWAIT, 9), &call).is_some());
-    assert!(interrupted.of(&thread(EPOLL_PWAIT, 10), &call).is_none());
-    assert!(interrupted.of(&thread(EPOLL_PWAIT, 10), &Call { number: RESTART, ..call }).is_some());
+    assert!(interrupted.of(&thread(EPOLL_PWAIT, 8 + AGAIN), &call).is_none());
+    assert!(interrupted.of(&thread(EPOLL_PWAIT, 8 + AGAIN), &Call { number: RESTART, ..call }).is_some());
 }
