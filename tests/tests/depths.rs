@@ -502,10 +502,10 @@ fn under_systemds_cgroup_driver_agents_sleep_frozen() {
         "printf 'ignore_missing_controllers = true\\nsystemd_cgroup = true\\n' > /etc/agentcube/systemd.toml",
     )
     .unwrap();
-    let agent = node.run_agent(&sleeper::configured(python("a"), "/etc/agentcube/systemd.toml"));
-    let Ok(agent) = agent else {
+    if node.sh("test -d /run/systemd/system").is_err() {
         return agentcube_tests::skipped("this node has no systemd");
-    };
+    }
+    let agent = node.run_agent(&sleeper::configured(python("a"), "/etc/agentcube/systemd.toml")).unwrap();
     agent.wait_healthy().unwrap();
     let slept = agentcube(&node, &["sleep", "--or-shallower", "a"]).check().unwrap();
     assert!(slept.contains("asleep (frozen)") && slept.contains("systemd_cgroup"), "{slept}");

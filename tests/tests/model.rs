@@ -11,7 +11,7 @@ use serde_json::Value;
 use sleeper::{agentcube, inspect, python, start};
 
 /// How long it runs; `AGENTCUBE_MODEL_SECONDS` sets another time.
-const TIME: Duration = Duration::from_secs(60);
+const TIME: Duration = Duration::from_mins(1);
 
 /// What is done to the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
