@@ -5,10 +5,11 @@
 pub mod cgroup;
 pub mod container;
 pub mod criu;
+pub mod descriptors;
 pub mod engine;
 pub mod image;
 pub mod pager;
 pub mod preflight;
 pub mod procfs;
-mod readiness;
+pub mod readiness;
 pub mod spawn;

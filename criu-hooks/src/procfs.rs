@@ -93,6 +93,19 @@ fn parse_tracer(status: &[u8]) -> Option<Pid> {
     Pid::from_raw(tracer.trim().parse().ok().filter(|pid| *pid > 0)?)
 }
 
+/// The number that `pid` has in its own process id namespace: a restore gives it the same one again.
+///
+/// # Errors
+/// When the process is gone.
+pub fn inner_pid(pid: Pid) -> io::Result<i32> {
+    let status = fs::read(format!("/proc/{pid}/status"))?;
+    let status = String::from_utf8_lossy(&status);
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    line.and_then(|numbers| numbers.split_ascii_whitespace().last()?.parse().ok()).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/status is not as expected"))
+    })
+}
+
 /// Whether a thread of `pid` waits for a child that it has started by `vfork` and that has not yet run its own program.
 /// Only to be asked of a process in a frozen cgroup: what is frozen otherwise is in an interruptible wait there, while
 /// such a one is in an uninterruptible wait, or runs the last steps towards it.

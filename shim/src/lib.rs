@@ -23,5 +23,6 @@ pub mod runtime;
 pub mod sandbox;
 pub mod stats;
 pub mod task;
+pub mod traffic;
 pub mod wake;
 pub mod watch;

@@ -22,11 +22,11 @@ use tracing::warn;
 use super::{
     RuncContainer, create, failed, precondition,
     process::{self, ProcessHandle},
-    sleep::Woken,
+    sleep::{Objections, Woken},
 };
 use crate::{
     io::{ConsoleSocket, Inherit},
-    runtime::{CheckpointConfig, RuntimeError, Veto},
+    runtime::{CheckpointConfig, RuntimeError},
 };
 
 /// The words after runc's global ones for a checkpoint.
@@ -140,7 +140,7 @@ impl RuncContainer {
         init: Pid,
         spec_digest: String,
         writer: &ImageWriter,
-        veto: &Veto,
+        objections: &Objections,
     ) -> Result<Image, RuntimeError> {
         let stdio = procfs::stdio_keys(init).map_err(failed)?;
         let frozen = std::time::Instant::now();
@@ -163,7 +163,7 @@ impl RuncContainer {
             ..Facts::default()
         };
         writer.complete_in_background(facts).await.map_err(failed)?;
-        let image = match self.kill_dumped(writer, veto) {
+        let image = match self.kill_dumped(writer, objections) {
             Ok(image) => image,
             Err(error) => {
                 writer.revoke().map_err(failed)?;
@@ -179,9 +179,9 @@ impl RuncContainer {
     }
 
     /// Kills what runc has dumped, unless something speaks against it.
-    fn kill_dumped(&self, writer: &ImageWriter, veto: &Veto) -> Result<Image, RuntimeError> {
+    fn kill_dumped(&self, writer: &ImageWriter, objections: &Objections) -> Result<Image, RuntimeError> {
         let image = writer.open().map_err(failed)?;
-        if veto.is_raised() {
+        if objections.raised().is_some() {
             return Err(RuntimeError::Vetoed);
         }
         // runc hands a frozen cgroup back frozen; whoever thawed it meanwhile let the agent run on past its image.

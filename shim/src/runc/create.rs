@@ -193,6 +193,7 @@ impl RuntimeFactory for RuncFactory {
                 last_pids: Vec::new(),
                 image: None,
                 fill: None,
+                listeners: None,
                 frozen: Frozen::default(),
             }),
             updates: Arc::default(),

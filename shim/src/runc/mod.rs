@@ -53,6 +53,7 @@ use crate::{
         Veto,
     },
     stats,
+    traffic::Listeners,
     wake::WakeCause,
 };
 
@@ -102,6 +103,8 @@ struct Inner {
     image: Option<SleepImage>,
     /// Memory that comes, or came, after the last wake.
     fill: Option<Fill>,
+    /// The sockets by which a checkpointed agent is reached.
+    listeners: Option<Arc<Listeners>>,
     frozen: Frozen,
 }
 
@@ -404,7 +407,13 @@ impl Runtime for RuncContainer {
     fn drop_image(&self) {
         // Without a wake before this, nothing will ever write again.
         self.io.end_asleep();
-        let Some(SleepImage { kind, kept, ahead }) = self.lock().image.take() else { return };
+        let (image, listeners) = {
+            let mut inner = self.lock();
+            (inner.image.take(), inner.listeners.take())
+        };
+        // Of a container that was killed in its sleep: whoever waited for it learns that it is gone.
+        drop(listeners);
+        let Some(SleepImage { kind, kept, ahead }) = image else { return };
         drop((kept, ahead));
         let id = self.id.clone();
         let fill = self.lock().fill.clone();
@@ -460,7 +469,11 @@ impl Runtime for RuncContainer {
                 }
             }
         }
-        self.lock().image = None;
+        {
+            let mut inner = self.lock();
+            inner.image = None;
+            inner.listeners = None;
+        }
         self.await_end_of_fill().await;
         let (root, namespace, id) = (self.options.image_dir.clone(), self.namespace.clone(), self.id.clone());
         let bundle = self.bundle.clone();
@@ -480,6 +493,7 @@ impl Runtime for RuncContainer {
         tokio::select! {
             () = self.io.input_waiting() => WakeCause::Input,
             cause = self.stirred() => cause,
+            () = self.client() => WakeCause::Traffic,
         }
     }
 

@@ -32,6 +32,7 @@ use crate::{
     reaper::{ExitWatch, Mark, Reaper},
     runtime::{DumpReport, Restored, RuntimeError, Veto},
     stats,
+    traffic::Listeners,
 };
 
 /// The engine's name in reports: CRIU driven by the shim.
@@ -51,9 +52,25 @@ fn time_for(bytes: u64) -> Duration {
     LEAST_TIME + Duration::from_secs(bytes / SLOWEST)
 }
 
+/// What may speak against a sleep until its last moment.
+pub(super) struct Objections {
+    veto: Veto,
+    listeners: Listeners,
+}
+
+impl Objections {
+    /// Who needs the agent awake, if anybody does.
+    pub(super) fn raised(&self) -> Option<String> {
+        if self.veto.is_raised() {
+            return Some("something needs the agent awake".to_owned());
+        }
+        self.listeners.demand().map(|address| format!("a client waits at {address}"))
+    }
+}
+
 /// Gives the dump up while nothing is lost. Opens the image: once the processes are gone, nothing may fail any more.
 struct LastWord<'a> {
-    veto: Veto,
+    objections: &'a Objections,
     writer: &'a ImageWriter,
     image: Option<Image>,
 }
@@ -61,8 +78,8 @@ struct LastWord<'a> {
 #[async_trait]
 impl DumpHooks for LastWord<'_> {
     async fn before_kill(&mut self) -> Result<(), HookError> {
-        if self.veto.is_raised() {
-            return Err("something needs the agent awake".into());
+        if let Some(objection) = self.objections.raised() {
+            return Err(objection.into());
         }
         self.image = Some(self.writer.open()?);
         Ok(())
@@ -180,16 +197,21 @@ impl RuncContainer {
         if veto.is_raised() {
             return Err(RuntimeError::Vetoed);
         }
-        let pids: Vec<u32> = self.cgroup.procs().map_err(failed)?.into_iter().map(process::number).collect();
         let frozen = Instant::now();
         // Nothing may be thawed again after this: the streams are as they are from here on.
         container.freeze(FREEZE).await.map_err(precondition)?;
+        let pids = self.cgroup.procs().map_err(failed)?;
+        let listeners = Listeners::duplicate(&pids).map_err(precondition)?;
+        let objections = Objections { veto, listeners };
+        if objections.raised().is_some() {
+            return Err(RuntimeError::Vetoed);
+        }
         self.io.prepare_dump().await.map_err(failed)?;
 
         // runc's record must be brought up to date after a direct restore, or exec would not work.
         let (made_by, dumped, image) = match state_file::StateFile::read(&self.state_file()) {
             Ok(_) => {
-                let mut hooks = LastWord { veto, writer: &writer, image: None };
+                let mut hooks = LastWord { objections: &objections, writer: &writer, image: None };
                 let timeout = time_for(stats::resident(self.cgroup.path()));
                 let options = DumpOptions {
                     timeout,
@@ -202,10 +224,11 @@ impl RuncContainer {
             }
             Err(reason) => {
                 warn!(id = %self.id, %reason, "runc is of an unknown kind: it dumps and restores this container itself");
-                let image = self.dump_with_runc(init, container.spec_digest.clone(), &writer, &veto).await?;
+                let image = self.dump_with_runc(init, container.spec_digest.clone(), &writer, &objections).await?;
                 (RUNC, criu_hooks::engine::DumpReport::default(), Some(image))
             }
         };
+        objections.listeners.hold();
         let image = Arc::new(image.ok_or_else(|| failed("CRIU killed without a last word"))?);
         let stopped = frozen.elapsed();
         let cached = self.options.image_cache_seconds.map(Duration::from_secs);
@@ -226,8 +249,9 @@ impl RuncContainer {
         let ahead = if ahead { self.start_ahead(container, &image, &dumped.kept) } else { None };
         let kind = if made_by == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
         let mut inner = self.lock();
-        inner.last_pids = pids;
+        inner.last_pids = pids.into_iter().map(process::number).collect();
         inner.image = Some(SleepImage { kind, kept: dumped.kept, ahead });
+        inner.listeners = Some(Arc::new(objections.listeners));
         Ok(report)
     }
 
@@ -329,6 +353,7 @@ impl RuncContainer {
             warn!(id = %self.id, %error, "its terminal has not the size that it should have");
         }
         self.lock().init = woken.init;
+        self.hand_over();
         let mode = mode_name(kind.image().manifest().facts.mode);
         Ok(Restored { process: process::of(woken.pid, woken.exit), engine, mode })
     }
@@ -427,6 +452,25 @@ impl RuncContainer {
         let fill = self.lock().fill.take();
         if let Some(mut fill) = fill {
             let _ = tokio::time::timeout(FILL_END, fill.complete()).await;
+        }
+    }
+
+    /// Gives the clients that came in its sleep to the agent, which is awake.
+    fn hand_over(&self) {
+        let Some(listeners) = self.lock().listeners.take() else { return };
+        let pids = self.cgroup.procs().unwrap_or_default();
+        listeners.hand_over(&pids);
+    }
+
+    /// Completes when a client waits for the sleeping agent.
+    pub(super) async fn client(&self) {
+        let listeners = self.lock().listeners.clone();
+        match listeners {
+            Some(listeners) => {
+                let address = listeners.waiting().await;
+                info!(id = %self.id, address, "a client waits for the sleeping agent");
+            }
+            None => std::future::pending().await,
         }
     }
 

@@ -292,6 +292,14 @@ impl Agent<'_> {
         http::connect(&self.net, address, ANSWER)
     }
 
+    /// Does `work` in the agent's network namespace: a client on the agent's own machine, or on a pod's.
+    ///
+    /// # Errors
+    /// When the namespace can't be entered.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        http::within(&self.net, || Ok(work())).doing(|| format!("entering the network of {}", self.id()))
+    }
+
     /// Sends a request over a connection of its own.
     ///
     /// # Errors

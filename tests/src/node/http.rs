@@ -1,7 +1,7 @@
 //! HTTP from the host to agents, through sockets made in the agent's network namespace.
 
 use std::fmt::Write as _;
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::thread;
@@ -28,19 +28,27 @@ pub struct Reply {
 pub fn connect(namespace: &OwnedFd, address: SocketAddr, timeout: Duration) -> Result<TcpStream> {
     let timeout = scaled(timeout);
     let doing = || format!("connecting to {address}");
-    // A thread of its own, because entering a namespace changes the thread for good.
-    let connected = thread::scope(|scope| {
-        let inside = scope.spawn(|| {
-            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-            TcpStream::connect_timeout(&address, timeout)
-        });
-        inside.join().unwrap_or_else(|_| Err(std::io::Error::other("the connecting thread panicked")))
-    });
+    let connected = within(namespace, || TcpStream::connect_timeout(&address, timeout));
     let stream = connected.doing(doing)?;
     stream.set_read_timeout(Some(timeout)).doing(doing)?;
     stream.set_write_timeout(Some(timeout)).doing(doing)?;
     stream.set_nodelay(true).doing(doing)?;
     Ok(stream)
+}
+
+/// Does `work` in a network namespace. On a thread of its own, because entering a namespace changes the thread for good;
+/// threads that it starts are in there too.
+pub(super) fn within<T: Send>(
+    namespace: &OwnedFd,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            work()
+        });
+        inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Sends one request over a fresh connection and reads the answer to the connection's end.

@@ -1,0 +1,140 @@
+"""Servers of several kinds, for clients that come while the agent sleeps. The first argument names the kind.
+
+Each prints "ready" when it listens on PORT (or above), and on SIGUSR1 what its listeners are like.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+
+PORT = int(os.environ.get("PORT", "8080"))
+listeners = []
+
+
+def listen(address, port=PORT, backlog=16, **options):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if options.get("group"):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, options.get("only", 0))
+    listener.bind((address, port))
+    listener.listen(backlog)
+    listeners.append(listener)
+    return listener
+
+
+def talk(connection, name):
+    """Speaks first, then answers each line."""
+    try:
+        with connection, connection.makefile("rwb") as lines:
+            lines.write(f"220 {name}\n".encode())
+            lines.flush()
+            for line in lines:
+                lines.write(f"{name}: ".encode() + line)
+                lines.flush()
+    except OSError:
+        pass
+
+
+def serve(listener, name):
+    """Blocks in accept."""
+    while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=talk, args=(connection, name), daemon=True).start()
+
+
+def poll():
+    """One epoll for all listeners, each ready event told once (edge-triggered)."""
+    import select
+
+    poller = select.epoll()
+    for listener in listeners:
+        listener.setblocking(False)
+        poller.register(listener, select.EPOLLIN | select.EPOLLET)
+    numbers = {listener.fileno(): number for number, listener in enumerate(listeners)}
+    while True:
+        for descriptor, _ in poller.poll():
+            number = numbers[descriptor]
+            while True:
+                try:
+                    connection, _ = listeners[number].accept()
+                except BlockingIOError:
+                    break
+                connection.setblocking(True)
+                threading.Thread(target=talk, args=(connection, f"door {number}"), daemon=True).start()
+
+
+def udp(address):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_DGRAM)
+    server.bind((address, PORT))
+    print("ready", flush=True)
+    while True:
+        data, sender = server.recvfrom(65536)
+        server.sendto(b"echo: " + data, sender)
+
+
+def describe(*_):
+    for listener in listeners:
+        option = lambda name: listener.getsockopt(socket.SOL_SOCKET, name)
+        # struct tcp_info of a listener: the length of its queue is the seventh number of 32 bits.
+        info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
+        backlog = int.from_bytes(info[28:32], sys.byteorder)
+        owner = os.fstat(listener.fileno()).st_uid
+        print(
+            f"reuseport={option(socket.SO_REUSEPORT)} reuseaddr={option(socket.SO_REUSEADDR)} "
+            f"backlog={backlog} owner={owner}",
+            flush=True,
+        )
+
+
+def main(kind):
+    signal.signal(signal.SIGUSR1, describe)
+    match kind:
+        case "blocking":
+            server = listen("0.0.0.0")
+            print("ready", flush=True)
+            threading.Thread(target=serve, args=(server, "blocking"), daemon=True).start()
+            while True:
+                signal.pause()
+        case "several":
+            # Two ports, one of them on the loopback device only, both families.
+            for address, port in [("0.0.0.0", PORT), ("127.0.0.1", PORT + 1), ("::", PORT + 2), ("::1", PORT + 3)]:
+                listen(address, port)
+            print("ready", flush=True)
+            poll()
+        case "group":
+            for _ in range(4):
+                listen("0.0.0.0", group=True)
+            print("ready", flush=True)
+            poll()
+        case "forked":
+            server = listen("0.0.0.0")
+            workers = [pid for number in range(4) if (pid := worker(server, number))]
+            print("ready", flush=True)
+            for pid in workers:
+                os.waitpid(pid, 0)
+        case "user":
+            os.setgid(1234)
+            os.setuid(1234)
+            listen("0.0.0.0", backlog=7)
+            print("ready", flush=True)
+            poll()
+        case "udp":
+            udp("0.0.0.0")
+        case "udp6":
+            udp("::")
+
+
+def worker(server, number):
+    pid = os.fork()
+    if pid == 0:
+        serve(server, f"worker {number}")
+    return pid
+
+
+main(sys.argv[1])
