@@ -5,6 +5,7 @@
 
 mod cycle;
 
+use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::thread;
@@ -126,4 +127,191 @@ fn one_client_wakes_an_agent_that_waits_in_epoll() {
         println!("connected in {connected:?}, answered after {:?}", begun.elapsed());
     }
     assert_eq!(wakes(&node, &agent), 5);
+}
+
+/// Puts a server to sleep, has one client each reach it at these addresses at once, and gives back who answered.
+fn wake_by(node: &Node, agent: &Agent, doors: &[(&str, u16)]) -> Vec<String> {
+    sleep(node, agent);
+    let before = wakes(node, agent);
+    let answers = agent
+        .inside(|| {
+            thread::scope(|scope| {
+                let clients: Vec<_> = doors
+                    .iter()
+                    .map(|(address, port)| scope.spawn(|| converse(connect(address, *port).0, "hello")))
+                    .collect();
+                clients.into_iter().map(|client| client.join().unwrap()).collect()
+            })
+        })
+        .unwrap();
+    assert_eq!(wakes(node, agent), before + 1);
+    answers
+}
+
+#[test]
+fn each_of_several_listeners_wakes_an_agent_by_either_protocol_and_on_the_loopback_device_only() {
+    let node = start();
+    let agent = run(&node, &door("several"));
+    let doors = [
+        ("127.0.0.1", PORT, "door 0"),
+        ("127.0.0.1", PORT + 1, "door 1"),
+        ("127.0.0.1", PORT + 2, "door 2"),
+        ("::1", PORT + 2, "door 2"),
+        ("::1", PORT + 3, "door 3"),
+    ];
+    for (address, port, name) in doors {
+        assert_eq!(wake_by(&node, &agent, &[(address, port)]), [name]);
+    }
+    let all = doors.map(|(address, port, _)| (address, port));
+    assert_eq!(wake_by(&node, &agent, &all), doors.map(|(_, _, name)| name));
+    assert_eq!(inspect(&node, &agent)["last_wake"]["cause"], "traffic");
+}
+
+#[test]
+fn a_server_that_blocks_in_accept_and_speaks_first_greets_who_woke_it() {
+    let node = start();
+    let agent = run(&node, &door("blocking"));
+    for _ in 0..3 {
+        assert_eq!(wake_by(&node, &agent, &[("127.0.0.1", PORT); 3]), ["blocking"; 3]);
+    }
+}
+
+#[test]
+fn workers_that_share_a_listener_serve_who_woke_them() {
+    let node = start();
+    let agent = run(&node, &door("forked"));
+    for _ in 0..3 {
+        let answers = wake_by(&node, &agent, &[("127.0.0.1", PORT); 8]);
+        assert!(answers.iter().all(|name| name.starts_with("worker ")), "{answers:?}");
+    }
+}
+
+#[test]
+fn a_group_of_listeners_on_one_port_loses_nobody() {
+    let node = start();
+    let agent = run(&node, &door("group"));
+    for _ in 0..3 {
+        let answers = wake_by(&node, &agent, &[("127.0.0.1", PORT); 40]);
+        assert!(answers.iter().all(|name| name.starts_with("door ")), "{answers:?}");
+    }
+}
+
+#[test]
+fn a_listener_is_after_a_wake_what_it_was_before() {
+    let node = start();
+    for kind in ["owned", "group"] {
+        let agent = run(&node, &door(kind));
+        let describe = |line: usize| {
+            agent.kill("SIGUSR1").unwrap();
+            let lines = || Ok(agent.log()?.lines().filter(|line| line.contains("owner=")).count());
+            let lines = || lines().map(|lines| lines >= line);
+            node.wait_until("the server to describe itself", SOON, lines).unwrap();
+            agent.log().unwrap().lines().last().unwrap().to_owned()
+        };
+        let each = if kind == "group" { 4 } else { 1 };
+        let before = describe(each);
+        let expected = if kind == "owned" {
+            "reuseport=0 reuseaddr=1 backlog=7 owner=1234"
+        } else {
+            "reuseport=1 reuseaddr=1 backlog=16 owner=0"
+        };
+        assert_eq!(before, expected);
+        for turn in 2..=4 {
+            wake_by(&node, &agent, &[("127.0.0.1", PORT); 2]);
+            assert_eq!(describe(turn * each), before);
+        }
+    }
+}
+
+#[test]
+fn a_client_that_comes_and_goes_while_the_agent_sleeps_does_no_harm() {
+    let node = start();
+    let agent = run(&node, &door("blocking"));
+    for linger in [None, Some(Duration::ZERO)] {
+        sleep(&node, &agent);
+        agent
+            .inside(|| {
+                let (stream, took) = connect("127.0.0.1", PORT);
+                assert!(took < Duration::from_millis(200));
+                // Without lingering the end is a reset.
+                rustix::net::sockopt::set_socket_linger(&stream, linger).unwrap();
+                drop(stream);
+                assert_eq!(converse(connect("127.0.0.1", PORT).0, "after"), "blocking");
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn requests_sent_in_one_go_are_answered_in_order_by_an_agent_that_slept() {
+    let node = start();
+    let agent = node.run_agent(&agent(Image::Python, "a").net(Net::Pod).port(PORT)).unwrap();
+    agent.wait_healthy().unwrap();
+    sleep(&node, &agent);
+    let answers = agent
+        .inside(|| {
+            let (mut stream, _) = connect("127.0.0.1", PORT);
+            let mut text = String::new();
+            for turn in 1..=20 {
+                let end = if turn == 20 { "close" } else { "keep-alive" };
+                let body = format!("message {turn}");
+                let length = body.len();
+                write!(
+                    text,
+                    "POST /chat HTTP/1.1\r\nConnection: {end}\r\nContent-Length: {length}\r\n\r\n{body}"
+                )
+                .unwrap();
+            }
+            stream.write_all(text.as_bytes()).unwrap();
+            let mut answers = String::new();
+            stream.read_to_string(&mut answers).unwrap();
+            answers
+        })
+        .unwrap();
+    let turns: Vec<_> =
+        answers.match_indices("\"turn\": ").map(|(at, _)| &answers[at + 8..at + 10]).collect();
+    let expected: Vec<_> = (1..=20).map(|turn| format!("{turn},")[..2].to_owned()).collect();
+    assert_eq!(turns, expected, "{answers}");
+}
+
+#[test]
+fn clients_of_an_agent_that_is_deleted_in_its_sleep_are_told_and_nothing_is_left() {
+    let node = start();
+    let before = node.snapshot();
+    let spec = agent(Image::Python, "a").port(PORT);
+    let agent = node.run_agent(&spec).unwrap();
+    agent.wait_healthy().unwrap();
+    sleep(&node, &agent);
+    // The image is not there any more, so the wake fails, and who waits goes on waiting.
+    let image = inspect(&node, &agent)["image_dir"].as_str().unwrap().to_owned();
+    node.sh(&format!("mv {image}/img/inventory.img {image}/")).unwrap();
+    let mut waiting = agent.connect().unwrap();
+    waiting.write_all(b"GET /health HTTP/1.1\r\n\r\n").unwrap();
+    node.wait_until("the wake to fail", SOON, || Ok(!inspect(&node, &agent)["last_error"].is_null()))
+        .unwrap();
+    cycle::assert_asleep(&node, &agent);
+    let mut more = agent.connect().unwrap();
+    more.write_all(b"GET /health HTTP/1.1\r\n\r\n").unwrap();
+    // Put back, the agent can be woken, and nobody has been lost.
+    node.sh(&format!("mv {image}/inventory.img {image}/img/")).unwrap();
+    agentcube(&node, &agent, &["wake"]).unwrap();
+    for stream in [&mut waiting, &mut more] {
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+    }
+    drop((waiting, more));
+    thread::sleep(Duration::from_millis(200));
+
+    sleep(&node, &agent);
+    let image = inspect(&node, &agent)["image_dir"].as_str().unwrap().to_owned();
+    node.sh(&format!("mv {image}/img/inventory.img {image}/")).unwrap();
+    let mut waiting = agent.connect().unwrap();
+    node.wait_until("the wake to fail", SOON, || Ok(!inspect(&node, &agent)["last_error"].is_null()))
+        .unwrap();
+    agent.delete().unwrap();
+    let ended = waiting.read(&mut [0; 1]);
+    assert!(matches!(&ended, Ok(0)) || ended.is_err(), "{ended:?}");
+    assert!(agent.connect().is_err(), "somebody still listens");
+    node.wait_until_clean(&before, SOON).unwrap();
 }
