@@ -122,6 +122,28 @@ def main(kind):
             os.fchown(listen("0.0.0.0", backlog=7).fileno(), 1234, 1234)
             print("ready", flush=True)
             poll()
+        case "abstract":
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+            server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            server.bind("\0door")
+            server.listen(16)
+            if os.fork() == 0:
+                # A client of its own, which stays connected.
+                inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                inner.connect("\0door")
+                lines = inner.makefile("rwb")
+                print("inner", lines.readline().decode().strip(), flush=True)
+
+                def ping(*_):
+                    lines.write(b"ping\n")
+                    lines.flush()
+                    print("inner", lines.readline().decode().strip(), flush=True)
+
+                signal.signal(signal.SIGUSR2, ping)
+                while True:
+                    signal.pause()
+            print("ready", flush=True)
+            serve(server, "abstract")
         case "udp":
             udp("0.0.0.0")
         case "udp6":

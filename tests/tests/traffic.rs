@@ -7,7 +7,9 @@ mod cycle;
 
 use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -314,4 +316,94 @@ fn clients_of_an_agent_that_is_deleted_in_its_sleep_are_told_and_nothing_is_left
     assert!(matches!(&ended, Ok(0)) || ended.is_err(), "{ended:?}");
     assert!(agent.connect().is_err(), "somebody still listens");
     node.wait_until_clean(&before, SOON).unwrap();
+}
+
+/// Sends these datagrams to a server, all before the first answer; gives back the answers, sorted.
+fn echo(address: &str, count: usize) -> Vec<String> {
+    let any = if address.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
+    let socket = UdpSocket::bind(any).unwrap();
+    // A connected socket hears only who it has spoken to.
+    socket.connect(SocketAddr::new(address.parse().unwrap(), PORT)).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    for number in 0..count {
+        socket.send(format!("{number:02}").as_bytes()).unwrap();
+    }
+    let mut answers: Vec<_> = (0..count)
+        .map(|_| {
+            let mut buffer = [0; 64];
+            let length = socket.recv(&mut buffer).unwrap();
+            String::from_utf8_lossy(&buffer[..length]).into_owned()
+        })
+        .collect();
+    answers.sort();
+    answers
+}
+
+#[test]
+fn datagrams_wake_an_agent_and_each_is_answered_from_where_it_was_sent_to() {
+    let node = start();
+    for (kind, addresses) in [("udp", &["127.0.0.1"][..]), ("udp6", &["::1", "127.0.0.1"])] {
+        let agent = run(&node, &door(kind));
+        for address in addresses {
+            for _ in 0..3 {
+                sleep(&node, &agent);
+                let answers = agent.inside(|| echo(address, 50)).unwrap();
+                assert_eq!(answers, (0..50).map(|number| format!("echo: {number:02}")).collect::<Vec<_>>());
+            }
+        }
+        assert_eq!(wakes(&node, &agent), 3 * addresses.len() as u64);
+    }
+}
+
+#[test]
+fn datagrams_of_another_machine_are_answered_by_the_address_of_the_pod() {
+    let node = start();
+    let agent = run(&node, &door("udp"));
+    node.sh("ip link add pod0 type veth peer name eth0 netns udp
+         ip addr add 10.77.0.1/24 dev pod0; ip link set pod0 up
+         ip -n udp addr add 10.77.0.2/24 dev eth0; ip -n udp link set eth0 up")
+        .unwrap();
+    for _ in 0..3 {
+        sleep(&node, &agent);
+        let answers = node.inside(|| echo("10.77.0.2", 20)).unwrap();
+        assert_eq!(answers, (0..20).map(|number| format!("echo: {number:02}")).collect::<Vec<_>>());
+    }
+    assert_eq!(wakes(&node, &agent), 3);
+}
+
+#[test]
+fn a_listener_with_an_abstract_unix_address_keeps_its_clients_and_wakes_for_new_ones() {
+    let node = start();
+    let agent = run(&node, &door("abstract"));
+    let inner = |pings: usize| {
+        let seen = || Ok(agent.log()?.matches("inner abstract: ping").count() == pings);
+        node.wait_until("the inner client to have an answer", SOON, seen).unwrap();
+    };
+    for turn in 1..=4 {
+        sleep(&node, &agent);
+        let answers: Vec<String> = agent
+            .inside(|| {
+                let clients: Vec<_> = (0..10)
+                    .map(|_| {
+                        let address = unix::net::SocketAddr::from_abstract_name("door").unwrap();
+                        let mut stream = unix::net::UnixStream::connect_addr(&address).unwrap();
+                        stream.set_read_timeout(Some(SOON)).unwrap();
+                        stream.write_all(b"hello\n").unwrap();
+                        stream.shutdown(Shutdown::Write).unwrap();
+                        stream
+                    })
+                    .collect();
+                let read = |mut stream: unix::net::UnixStream| {
+                    let mut answer = String::new();
+                    stream.read_to_string(&mut answer).unwrap();
+                    answer
+                };
+                clients.into_iter().map(read).collect()
+            })
+            .unwrap();
+        assert_eq!(answers, vec!["220 abstract\nabstract: hello\n"; 10]);
+        assert_eq!(wakes(&node, &agent), turn);
+        agent.ctr(&["task", "kill", "--all", "--signal", "SIGUSR2", "abstract"]).unwrap().check().unwrap();
+        inner(usize::try_from(turn).unwrap());
+    }
 }

@@ -245,28 +245,34 @@ impl RuncContainer {
             whole_because: whole_because.flatten(),
             memory_bytes: dumped.memory_bytes,
         };
+        self.lock().listeners = Some(Arc::new(objections.listeners));
         let ahead = self.options.criu_started_ahead && made_by == DIRECT;
         let ahead = if ahead { self.start_ahead(container, &image, &dumped.kept) } else { None };
         let kind = if made_by == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
         let mut inner = self.lock();
         inner.last_pids = pids.into_iter().map(process::number).collect();
         inner.image = Some(SleepImage { kind, kept: dumped.kept, ahead });
-        inner.listeners = Some(Arc::new(objections.listeners));
         Ok(report)
+    }
+
+    /// What stands in at a restore for what the image has not: pipes of the streams, and sockets that were held.
+    fn to_inherit(&self) -> Result<Vec<InheritFd>, RuntimeError> {
+        let mut inherit = for_engine(self.io.inherit().map_err(failed)?);
+        if let Some(listeners) = self.lock().listeners.as_ref() {
+            for (inode, fd) in listeners.to_inherit().map_err(failed)? {
+                inherit.push(InheritFd { key: format!("socket:[{inode}]"), fd });
+            }
+        }
+        Ok(inherit)
     }
 
     /// Starts a CRIU for the next wake, without waiting for it.
     fn start_ahead(&self, container: Container, image: &Arc<Image>, kept: &Kept) -> Option<Ahead> {
-        let ready =
-            kept.try_clone().map_err(failed).and_then(|kept| Ok((kept, self.io.inherit().map_err(failed)?)));
+        let ready = kept.try_clone().map_err(failed).and_then(|kept| Ok((kept, self.to_inherit()?)));
         match ready {
-            Ok((kept, inherit)) => Some(Ahead::start(
-                self.engine.clone(),
-                container,
-                Arc::clone(image),
-                kept,
-                for_engine(inherit),
-            )),
+            Ok((kept, inherit)) => {
+                Some(Ahead::start(self.engine.clone(), container, Arc::clone(image), kept, inherit))
+            }
             Err(error) => {
                 warn!(id = %self.id, %error, "CRIU is not started ahead");
                 None
@@ -385,8 +391,7 @@ impl RuncContainer {
         spare: Option<Spare>,
         lazy: Option<LazyOptions>,
     ) -> Result<Result<Woken, RestoreError>, RuntimeError> {
-        let inherit = self.io.inherit().map_err(failed)?;
-        let handover = Handover { inherit: for_engine(inherit), spare };
+        let handover = Handover { inherit: self.to_inherit()?, spare };
         let timeout = time_for(image.bytes());
         let options = RestoreOptions { kept, timeout, lazy, ..RestoreOptions::default() };
         let mut hooks = ClaimInit { reaper: self.reaper.clone(), mark: Some(self.reaper.mark()), init: None };

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd, RawFd},
+    os::fd::{AsFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -17,39 +17,17 @@ use rustix::{
         Timespec,
         epoll::{self, CreateFlags, EventData, EventFlags},
     },
-    fs::{Gid, Uid},
-    net::{self, AddressFamily, Shutdown, SocketType},
+    io::Errno,
     process::Pid,
 };
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, warn};
 
-use super::{TrafficError, namespace};
-
-/// How many connections may wait for an agent while it sleeps and wakes, whatever queue it asked for: it cannot take
-/// any out until then. The kernel has a limit of its own below this (`net.core.somaxconn`).
-const BACKLOG: i32 = 4096;
-
-/// A descriptor of the agent, in a form that a restore does not change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Place {
-    /// The process, by its number in the container.
-    inner_pid: i32,
-    /// The descriptor's number in that process.
-    number: RawFd,
-}
-
-/// A socket of the agent, held open by this process.
-#[derive(Debug)]
-struct Held {
-    socket: OwnedFd,
-    /// Where it listens.
-    address: String,
-    /// One of the agent's own descriptors of it.
-    place: Place,
-    /// Who made it. CRIU makes sockets as root.
-    owner: (Uid, Gid),
-}
+use super::{
+    TrafficError, datagrams,
+    held::{Held, Kind, Place, introduce},
+    namespace,
+};
 
 /// The sockets by which an agent is reached, held while its processes are gone.
 #[derive(Debug)]
@@ -57,6 +35,8 @@ pub struct Listeners {
     /// An epoll descriptor with all of them.
     readable: AsyncFd<OwnedFd>,
     held: Mutex<Vec<Held>>,
+    /// The network namespace of the agent.
+    namespace: Option<OwnedFd>,
 }
 
 impl Listeners {
@@ -79,27 +59,34 @@ impl Listeners {
                 if held.contains_key(&inode) {
                     continue;
                 }
-                let socket = process.duplicate(descriptor.number).map_err(look)?;
-                if !is_listener(&socket).map_err(|error| look(error.into()))? {
-                    continue;
-                }
+                let socket = match process.duplicate(descriptor.number) {
+                    Ok(socket) => socket,
+                    // One that was closed by a thread that is not in the container's cgroup.
+                    Err(error) if error.raw_os_error() == Some(Errno::BADF.raw_os_error()) => continue,
+                    Err(error) => return Err(look(error)),
+                };
+                let Some(kind) = Kind::of(&socket).map_err(look)? else { continue };
                 let place = Place { inner_pid, number: descriptor.number };
-                held.insert(inode, Held::new(socket, place).map_err(look)?);
+                held.insert(inode, Held::new(socket, kind, inode, place).map_err(look)?);
             }
         }
         let held: Vec<Held> = held.into_values().collect();
+        let mut namespace = None;
         if let (Some(first), false) = (pids.first(), held.is_empty()) {
-            let namespace = File::open(format!("/proc/{first}/ns/net")).map_err(TrafficError::Migration)?;
-            namespace::migrate_requests(namespace.as_fd()).map_err(TrafficError::Migration)?;
+            let opened = File::open(format!("/proc/{first}/ns/net")).map_err(TrafficError::Migration)?;
+            if held.iter().any(|held| held.kind == Kind::Stream) {
+                namespace::migrate_requests(opened.as_fd()).map_err(TrafficError::Migration)?;
+            }
+            namespace = Some(opened.into());
         }
-        Self::watch(held)
+        Self::watch(held, namespace)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn watch(held: Vec<Held>) -> Result<Self, TrafficError> {
+    fn watch(held: Vec<Held>, namespace: Option<OwnedFd>) -> Result<Self, TrafficError> {
         let watch = |error: rustix::io::Errno| TrafficError::Watch(error.into());
         let all = epoll::create(CreateFlags::CLOEXEC).map_err(watch)?;
         for (index, one) in (0..).zip(&held) {
@@ -108,7 +95,7 @@ impl Listeners {
             })?;
         }
         let readable = readiness::watch(all, Interest::READABLE).map_err(TrafficError::Watch)?;
-        Ok(Self { readable, held: Mutex::new(held) })
+        Ok(Self { readable, held: Mutex::new(held), namespace })
     }
 
     /// Where somebody waits for the agent at this moment, if anybody does.
@@ -147,12 +134,31 @@ impl Listeners {
         }
     }
 
+    /// The sockets that the restored agent is to get as they are: their inodes and duplicates.
+    ///
+    /// # Errors
+    /// When this process may have no more descriptors.
+    pub fn to_inherit(&self) -> io::Result<Vec<(u64, OwnedFd)>> {
+        let held = self.lock();
+        let whole = held.iter().filter(|held| held.kind == Kind::Abstract);
+        whole.map(|held| Ok((held.inode, held.socket.try_clone()?))).collect()
+    }
+
     /// Gives what waits to the restored agent, whose processes are `pids`.
     pub fn hand_over(&self, pids: &[Pid]) {
         let held = std::mem::take(&mut *self.lock());
-        let places: Vec<_> = held.iter().map(|held| (held.place, held.owner, held.address.clone())).collect();
-        // The kernel moves what waits for a listener when it is closed.
-        drop(held);
+        let streams = held.iter().filter(|held| held.kind == Kind::Stream);
+        let places: Vec<_> = streams.map(|held| (held.place, held.owner, held.address.clone())).collect();
+        for Held { socket, kind, address, .. } in held {
+            match (kind, &self.namespace) {
+                (Kind::Datagram, Some(namespace)) => match datagrams::pass_on(namespace.as_fd(), socket) {
+                    Ok(passed) => debug!(address, passed, "datagrams sent on"),
+                    Err(error) => warn!(address, %error, "datagrams that came in its sleep are lost"),
+                },
+                // The kernel moves what waits for a listener when it is closed.
+                _ => drop(socket),
+            }
+        }
         let mut processes = HashMap::new();
         for &pid in pids {
             if let Ok(inner_pid) = procfs::inner_pid(pid) {
@@ -172,43 +178,4 @@ impl Listeners {
             }
         }
     }
-}
-
-impl Held {
-    fn new(socket: OwnedFd, place: Place) -> io::Result<Self> {
-        let address = net::getsockname(&socket)?;
-        let address = std::net::SocketAddr::try_from(address).map_err(io::Error::from)?.to_string();
-        let stat = rustix::fs::fstat(&socket)?;
-        let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-        Ok(Self { socket, address, place, owner })
-    }
-
-    fn hold(&self) -> rustix::io::Result<()> {
-        // Sockets of one group have one owner and all say SO_REUSEPORT. The agent's new listener is made as root, and
-        // says so until CRIU has put the agent's own choice back.
-        rustix::fs::fchown(&self.socket, Some(Uid::ROOT), Some(Gid::ROOT))?;
-        net::sockopt::set_socket_reuseport(&self.socket, true)?;
-        net::listen(&self.socket, BACKLOG)
-    }
-}
-
-/// Whether a socket is one by which clients reach the agent.
-fn is_listener(socket: &OwnedFd) -> rustix::io::Result<bool> {
-    let is_inet = matches!(net::sockopt::socket_domain(socket)?, AddressFamily::INET | AddressFamily::INET6);
-    Ok(is_inet
-        && net::sockopt::socket_type(socket)? == SocketType::STREAM
-        && net::sockopt::socket_acceptconn(socket)?)
-}
-
-/// Gives a restored listener its owner back, and wakes whoever waits for it: the kernel moves connections to it
-/// without a word to those who wait already.
-fn introduce(listener: &OwnedFd, owner: (Uid, Gid)) -> rustix::io::Result<()> {
-    if !is_listener(listener)? {
-        return Ok(());
-    }
-    if owner.0 != Uid::ROOT {
-        rustix::fs::fchown(listener, Some(owner.0), Some(owner.1))?;
-    }
-    // A listener sends nothing, so this ends nothing, and the kernel wakes everybody at the socket on the way.
-    net::shutdown(listener, Shutdown::Write)
 }

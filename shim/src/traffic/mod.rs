@@ -2,8 +2,12 @@
 //!
 //! Before a dump the shim duplicates the agent's listening sockets. The duplicates outlive the agent: clients connect,
 //! the kernel answers them, and they wait in the queue with the bytes that they send. That wakes the agent. After the
-//! restore the duplicates are closed, and the kernel moves the waiting connections to the agent's new listeners.
+//! restore the duplicates are closed, and the kernel moves the waiting connections to the agent's new listeners. UDP
+//! sockets are held like that too, and what they have received is sent on. A listener with an abstract unix address goes
+//! back to the agent as it is.
 
+mod datagrams;
+mod held;
 mod listeners;
 mod namespace;
 

@@ -260,6 +260,14 @@ impl Node {
         Ok(())
     }
 
+    /// Does `work` in the node's network namespace: a client on the node, or a kubelet.
+    ///
+    /// # Errors
+    /// When the namespace can't be entered.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        http::within(self.net(), || Ok(work())).doing(|| "entering the node's network".into())
+    }
+
     /// Connects to an address in the node's network.
     ///
     /// # Errors

@@ -1,0 +1,120 @@
+//! One socket of the agent, held by the shim.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{OwnedFd, RawFd},
+};
+
+use rustix::{
+    fs::{Gid, Uid},
+    net::{self, AddressFamily, Shutdown, SocketAddrUnix, SocketType, ipproto},
+};
+
+/// How many connections may wait for an agent while it sleeps and wakes, whatever queue it asked for: it cannot take
+/// any out until then. The kernel has a limit of its own below this (`net.core.somaxconn`).
+const BACKLOG: i32 = 4096;
+
+/// A descriptor of the agent, in a form that a restore does not change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Place {
+    /// The process, by its number in the container.
+    pub(super) inner_pid: i32,
+    /// The descriptor's number in that process.
+    pub(super) number: RawFd,
+}
+
+/// What comes to a socket, and how the agent gets it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// TCP connections, which the kernel moves to the new listener.
+    Stream,
+    /// UDP datagrams, which are sent again.
+    Datagram,
+    /// Connections to an abstract unix address: the restored agent gets this very socket.
+    Abstract,
+}
+
+/// A socket of the agent, held open by this process.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) socket: OwnedFd,
+    pub(super) kind: Kind,
+    pub(super) inode: u64,
+    /// Where it listens.
+    pub(super) address: String,
+    /// One of the agent's own descriptors of it.
+    pub(super) place: Place,
+    /// Who made it. CRIU makes sockets as root.
+    pub(super) owner: (Uid, Gid),
+}
+
+impl Held {
+    pub(super) fn new(socket: OwnedFd, kind: Kind, inode: u64, place: Place) -> io::Result<Self> {
+        let address = net::getsockname(&socket)?;
+        let address = match SocketAddrUnix::try_from(address.clone()) {
+            Ok(unix) => format!("@{}", String::from_utf8_lossy(unix.abstract_name().unwrap_or_default())),
+            Err(_) => SocketAddr::try_from(address)?.to_string(),
+        };
+        let stat = rustix::fs::fstat(&socket)?;
+        let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+        Ok(Self { socket, kind, inode, address, place, owner })
+    }
+
+    pub(super) fn hold(&self) -> rustix::io::Result<()> {
+        if self.kind == Kind::Abstract {
+            return Ok(());
+        }
+        // Sockets of one group have one owner and all say SO_REUSEPORT. The agent's new socket is made as root, and says
+        // so until CRIU has put the agent's own choice back.
+        rustix::fs::fchown(&self.socket, Some(Uid::ROOT), Some(Gid::ROOT))?;
+        net::sockopt::set_socket_reuseport(&self.socket, true)?;
+        if self.kind == Kind::Stream {
+            net::listen(&self.socket, BACKLOG)?;
+        }
+        Ok(())
+    }
+}
+
+impl Kind {
+    /// What reaches the agent by this socket from outside of its container; nothing when it is no such socket.
+    pub(super) fn of(socket: &OwnedFd) -> io::Result<Option<Self>> {
+        let domain = net::sockopt::socket_domain(socket)?;
+        let is_inet = matches!(domain, AddressFamily::INET | AddressFamily::INET6);
+        if !is_inet && domain != AddressFamily::UNIX {
+            return Ok(None);
+        }
+        let listens = net::sockopt::socket_acceptconn(socket)?;
+        let kind = net::sockopt::socket_type(socket)?;
+        let is_abstract = || -> io::Result<bool> {
+            let unix = SocketAddrUnix::try_from(net::getsockname(socket)?);
+            Ok(unix.is_ok_and(|unix| unix.abstract_name().is_some_and(|name| !name.is_empty())))
+        };
+        let is_bound_udp = || -> io::Result<bool> {
+            Ok(net::sockopt::socket_protocol(socket)? == Some(ipproto::UDP)
+                && SocketAddr::try_from(net::getsockname(socket)?)?.port() != 0)
+        };
+        Ok(match kind {
+            SocketType::STREAM if is_inet && listens => Some(Self::Stream),
+            SocketType::DGRAM if is_inet && is_bound_udp()? => Some(Self::Datagram),
+            // One with a path is reached by others through a volume only.
+            SocketType::STREAM | SocketType::SEQPACKET if !is_inet && listens && is_abstract()? => {
+                Some(Self::Abstract)
+            }
+            _ => None,
+        })
+    }
+}
+
+/// Gives a restored listener its owner back, and wakes whoever waits for it: the kernel moves connections to it
+/// without a word to those who wait already.
+pub(super) fn introduce(listener: &OwnedFd, owner: (Uid, Gid)) -> rustix::io::Result<()> {
+    if !net::sockopt::socket_acceptconn(listener)? {
+        return Ok(());
+    }
+    if owner.0 != Uid::ROOT {
+        rustix::fs::fchown(listener, Some(owner.0), Some(owner.1))?;
+    }
+    // A listener sends nothing, so this ends nothing, and the kernel wakes everybody at the socket on the way.
+    net::shutdown(listener, Shutdown::Write)
+}
