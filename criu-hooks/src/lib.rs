@@ -8,6 +8,8 @@ pub mod criu;
 pub mod descriptors;
 pub mod engine;
 pub mod image;
+pub mod inspect;
+pub mod netns;
 pub mod pager;
 pub mod preflight;
 pub mod procfs;

@@ -10,13 +10,12 @@ use std::{
     os::fd::{BorrowedFd, OwnedFd},
 };
 
+use criu_hooks::netns;
 use rustix::{
     io::Errno,
     net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto},
 };
 use tracing::warn;
-
-use super::namespace;
 
 /// The largest datagram.
 const LARGEST: usize = 1 << 16;
@@ -33,7 +32,7 @@ const HOPS: u8 = 64;
 /// # Errors
 /// When they cannot be sent.
 pub(super) fn pass_on(namespace: BorrowedFd<'_>, old: OwnedFd) -> io::Result<usize> {
-    namespace::within(namespace, move || {
+    netns::within(namespace, move || {
         let bound = local_address(&old)?;
         // From here on nothing new comes to the old socket: it only hears itself.
         if let Err(error) = net::connect(&old, &SocketAddr::new(loopback(bound), bound.port())) {

@@ -2,15 +2,15 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
+    fs::{self, File},
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use criu_hooks::{
     descriptors::{self, Process},
-    procfs, readiness,
+    netns, procfs, readiness,
 };
 use rustix::{
     event::{
@@ -26,8 +26,11 @@ use tracing::{debug, warn};
 use super::{
     TrafficError, datagrams,
     held::{Held, Kind, Place, introduce},
-    namespace,
 };
+
+/// Whether the kernel moves the connections that wait for a listener to another of its group when it is closed. Holds
+/// for IPv4 and IPv6; since Linux 5.14.
+const MIGRATE: &str = "/proc/sys/net/ipv4/tcp_migrate_req";
 
 /// The sockets by which an agent is reached, held while its processes are gone.
 #[derive(Debug)]
@@ -75,7 +78,7 @@ impl Listeners {
         if let (Some(first), false) = (pids.first(), held.is_empty()) {
             let opened = File::open(format!("/proc/{first}/ns/net")).map_err(TrafficError::Migration)?;
             if held.iter().any(|held| held.kind == Kind::Stream) {
-                namespace::migrate_requests(opened.as_fd()).map_err(TrafficError::Migration)?;
+                migrate_requests(opened.as_fd()).map_err(TrafficError::Migration)?;
             }
             namespace = Some(opened.into());
         }
@@ -178,4 +181,14 @@ impl Listeners {
             }
         }
     }
+}
+
+/// Has the kernel move waiting connections, in the network namespace `namespace`.
+fn migrate_requests(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    netns::within(namespace, || {
+        if fs::read_to_string(MIGRATE)?.trim() == "1" {
+            return Ok(());
+        }
+        fs::write(MIGRATE, "1")
+    })
 }

@@ -9,7 +9,6 @@
 mod datagrams;
 mod held;
 mod listeners;
-mod namespace;
 
 use std::io;
 

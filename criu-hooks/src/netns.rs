@@ -1,19 +1,15 @@
 //! Work inside the network namespace of a container.
 
-use std::{fs, io, os::fd::BorrowedFd, thread};
+use std::{io, os::fd::BorrowedFd, thread};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-
-/// Whether the kernel moves the connections that wait for a listener to another of its group when it is closed. Holds
-/// for IPv4 and IPv6; since Linux 5.14.
-const MIGRATE: &str = "/proc/sys/net/ipv4/tcp_migrate_req";
 
 /// Does `work` inside the network namespace `namespace`, on a thread of its own: to enter a namespace changes a thread
 /// for good. Sockets that are made there stay there, and can be used from anywhere. The work must be short.
 ///
 /// # Errors
 /// When the namespace cannot be entered, and those of the work.
-pub(super) fn within<T: Send>(
+pub fn within<T: Send>(
     namespace: BorrowedFd<'_>,
     work: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
@@ -26,23 +22,13 @@ pub(super) fn within<T: Send>(
     })
 }
 
-/// Has the kernel move waiting connections, in the network namespace `namespace`.
-///
-/// # Errors
-/// When the kernel is too old, or does not let this process.
-pub(super) fn migrate_requests(namespace: BorrowedFd<'_>) -> io::Result<()> {
-    within(namespace, || {
-        if fs::read_to_string(MIGRATE)?.trim() == "1" {
-            return Ok(());
-        }
-        fs::write(MIGRATE, "1")
-    })
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::{fs::File, os::fd::AsFd};
+    use std::{
+        fs::{self, File},
+        os::fd::AsFd,
+    };
 
     use super::*;
 

@@ -1,0 +1,94 @@
+//! A look at a live container: can it be checkpointed, and if not, why?
+//!
+//! All of it is reading: of `/proc`, and of the kernel's tables of sockets. The container may run meanwhile; what is found
+//! then is how it was a moment ago.
+
+mod blocker;
+mod connections;
+mod diag;
+mod files;
+mod namespaces;
+mod sockets;
+
+use std::{io, path::PathBuf, time::Duration};
+
+use rustix::process::Pid;
+
+pub use self::{
+    blocker::Blocker,
+    connections::{Busy, Policy},
+};
+use self::{
+    namespaces::Namespaces,
+    sockets::{Owner, Sockets},
+};
+use crate::{
+    container::{self, Container},
+    descriptors, procfs,
+};
+
+/// What a look at a container has shown.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Inspection {
+    /// What keeps it from being checkpointed; when there is nothing, CRIU may be tried.
+    pub blockers: Vec<Blocker>,
+    /// What only CRIU can tell, in words.
+    pub doubts: Vec<String>,
+    /// How many established connections a checkpoint would close.
+    pub closing: usize,
+    /// How long it is until the first of its timer descriptors goes off.
+    pub next_timer: Option<Duration>,
+}
+
+/// Looks at `container`, whose first process is `init`.
+///
+/// # Errors
+/// When the container is gone.
+pub fn inspect(container: &Container, init: Pid, policy: Policy) -> Result<Inspection, container::Error> {
+    let look = |pid| move |source| container::Error::Process { pid, source };
+    let mut found = Inspection::default();
+    found.blockers.extend(container.blockers(init)?.into_iter().map(Blocker::Container));
+    let namespaces = Namespaces::of(init).map_err(look(init))?;
+    let mut sockets = Sockets::new();
+    for pid in container.cgroup.procs()? {
+        match found.look_at(pid, &namespaces, &mut sockets) {
+            Ok(()) => {}
+            // It has ended meanwhile.
+            Err(_) if !procfs::alive(pid) => {}
+            Err(error) => return Err(look(pid)(error)),
+        }
+    }
+    let volumes: Vec<PathBuf> =
+        container.live_mounts(init)?.into_iter().map(|(mount_point, _)| mount_point.into()).collect();
+    let seen = sockets::inspect(init, &sockets, policy, &volumes).map_err(look(init))?;
+    found.blockers.extend(seen.blockers);
+    found.closing = seen.closing;
+    Ok(found)
+}
+
+impl Inspection {
+    /// Looks at one process.
+    fn look_at(&mut self, pid: Pid, namespaces: &Namespaces, sockets: &mut Sockets) -> io::Result<()> {
+        self.blockers.extend(namespaces.blocker(pid)?);
+        let mut watches = false;
+        for descriptor in descriptors::of(pid)? {
+            if let Some(inode) = descriptor.socket() {
+                sockets.entry(inode).or_insert(Owner { pid, number: descriptor.number });
+                continue;
+            }
+            let blocker = files::blocker(pid, &descriptor);
+            self.blockers.extend(blocker.filter(|blocker| !self.blockers.contains(blocker)));
+            watches |= descriptor.anonymous() == Some("inotify");
+            if let Ok(Some(remains)) = files::timer(pid, &descriptor) {
+                self.next_timer = Some(self.next_timer.map_or(remains, |next| next.min(remains)));
+            }
+        }
+        if watches {
+            self.doubts.push(format!(
+                "process {pid} watches files (inotify): whether CRIU can dump that depends on their file system, \
+                 and shows only when it is put to sleep"
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,214 @@
+//! Sockets that keep a container from being checkpointed.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    net::{self, AddressFamily, SocketAddrUnix, SocketType, sockopt},
+    process::Pid,
+};
+
+use super::{
+    blocker::Blocker,
+    connections::{self, Policy},
+    diag::{self, Tcp, Unix},
+};
+use crate::{descriptors::Process, netns};
+
+/// The protocol number of Multipath TCP.
+const MPTCP: u32 = 262;
+
+/// One of the descriptors of a socket.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Owner {
+    pub(super) pid: Pid,
+    pub(super) number: i32,
+}
+
+/// The sockets of a container by their inodes.
+pub(super) type Sockets = HashMap<u64, Owner>;
+
+/// What was found out about a container's sockets.
+#[derive(Debug, Default)]
+pub(super) struct Findings {
+    pub(super) blockers: Vec<Blocker>,
+    /// How many connections would be closed.
+    pub(super) closing: usize,
+}
+
+/// The tables of the network namespace of `init`.
+struct Tables {
+    tcp: Vec<Tcp>,
+    udp: HashSet<u64>,
+    unix: Vec<Unix>,
+}
+
+impl Tables {
+    fn of(init: Pid) -> io::Result<Self> {
+        let namespace = File::open(format!("/proc/{init}/ns/net"))?;
+        netns::within(namespace.as_fd(), || {
+            Ok(Self { tcp: diag::tcp()?, udp: diag::udp()?.into_iter().collect(), unix: diag::unix()? })
+        })
+    }
+}
+
+/// Looks at `sockets`, those of the container whose first process is `init`. `volumes` are the mount points at which
+/// others can find what the container makes.
+pub(super) fn inspect(
+    init: Pid,
+    sockets: &Sockets,
+    policy: Policy,
+    volumes: &[PathBuf],
+) -> io::Result<Findings> {
+    if sockets.is_empty() {
+        return Ok(Findings::default());
+    }
+    let tables = Tables::of(init)?;
+    let mut blockers = Vec::new();
+
+    let own = tables.tcp.iter().filter(|socket| sockets.contains_key(&socket.inode));
+    let verdict = connections::judge(own, policy);
+    let busy = verdict.busy.into_iter().map(|(peer, busy)| Blocker::Connection { peer, busy });
+    blockers.extend(busy);
+    let queued = verdict.queued.into_iter();
+    blockers.extend(queued.map(|(address, waiting)| Blocker::Queue { address, waiting }));
+
+    blockers.extend(outside_peers(&tables.unix, sockets));
+
+    let mut known = tables.udp;
+    known.extend(tables.tcp.iter().map(|socket| socket.inode));
+    let unix: HashSet<u64> = tables.unix.iter().map(|socket| socket.inode).collect();
+    for (inode, owner) in sockets {
+        if known.contains(inode) || (unix.contains(inode) && volumes.is_empty()) {
+            continue;
+        }
+        // The container may run, so it may have closed it by now.
+        let Ok(socket) = Process::open(owner.pid).and_then(|process| process.duplicate(owner.number)) else {
+            continue;
+        };
+        let found = if unix.contains(inode) {
+            shared_listener(owner.pid, &socket, volumes)
+        } else {
+            unknown(owner.pid, &socket)?
+        };
+        blockers.extend(found);
+    }
+    Ok(Findings { blockers, closing: verdict.closing })
+}
+
+/// Unix sockets whose other end is not among the container's `sockets`. One that nobody has accepted yet has no inode.
+fn outside_peers(unix: &[Unix], sockets: &Sockets) -> Vec<Blocker> {
+    let connected = unix.iter().filter_map(|socket| Some((sockets.get(&socket.inode)?, socket.peer?)));
+    let outside = connected.filter(|(_, peer)| *peer != 0 && !sockets.contains_key(peer));
+    outside.map(|(owner, _)| Blocker::UnixPeer { pid: owner.pid }).collect()
+}
+
+/// What keeps a socket that is in none of the tables from being dumped.
+fn unknown(pid: Pid, socket: &OwnedFd) -> io::Result<Option<Blocker>> {
+    let family = sockopt::socket_domain(socket)?;
+    let blocker = |family: String, hint| Some(Blocker::Socket { pid, family, hint });
+    Ok(match family {
+        AddressFamily::INET | AddressFamily::INET6 => {
+            let protocol = sockopt::socket_protocol(socket)?.map_or(0, |protocol| protocol.as_raw().get());
+            let known = [0, net::ipproto::TCP.as_raw().get(), net::ipproto::UDP.as_raw().get()];
+            let pings = [1, net::ipproto::ICMPV6.as_raw().get()];
+            if protocol == MPTCP {
+                blocker(
+                    "Multipath TCP".to_owned(),
+                    "; a Go program does without it when GODEBUG=multipathtcp=0 is set",
+                )
+            } else if sockopt::socket_type(socket)? == SocketType::RAW
+                || known.contains(&protocol)
+                || pings.contains(&protocol)
+                || protocol == net::ipproto::UDPLITE.as_raw().get()
+            {
+                None
+            } else {
+                blocker(format!("IP protocol {protocol}"), "")
+            }
+        }
+        AddressFamily::UNIX | AddressFamily::NETLINK | AddressFamily::PACKET => None,
+        AddressFamily::VSOCK => blocker("the family vsock".to_owned(), ""),
+        other => blocker(format!("family {}", other.as_raw()), ""),
+    })
+}
+
+/// A unix listener whose path lies on one of `volumes`.
+fn shared_listener(pid: Pid, socket: &OwnedFd, volumes: &[PathBuf]) -> Option<Blocker> {
+    if !sockopt::socket_acceptconn(socket).ok()? {
+        return None;
+    }
+    let address = SocketAddrUnix::try_from(net::getsockname(socket).ok()?).ok()?;
+    let path = PathBuf::from(address.path()?.to_str().ok()?);
+    lies_on(&path, volumes).then_some(Blocker::SharedListener { pid, path })
+}
+
+/// Whether an absolute path lies below one of these. A relative one, or one over links, may: it is not looked up, for
+/// what lies there is the container's choice.
+fn lies_on(path: &Path, volumes: &[PathBuf]) -> bool {
+    !path.is_absolute() || volumes.iter().any(|volume| path.starts_with(volume))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::{
+        net::{TcpListener, TcpStream},
+        os::{
+            fd::AsRawFd,
+            unix::net::{UnixListener, UnixStream},
+        },
+    };
+
+    use super::*;
+
+    fn owned(sockets: &[&dyn AsRawFd]) -> Sockets {
+        let pid = rustix::process::getpid();
+        let entry = |socket: &&dyn AsRawFd| {
+            let number = socket.as_raw_fd();
+            let target = std::fs::read_link(format!("/proc/self/fd/{number}")).unwrap();
+            let descriptor =
+                crate::descriptors::Descriptor { number, target: target.to_string_lossy().into_owned() };
+            (descriptor.socket().unwrap(), Owner { pid, number })
+        };
+        sockets.iter().map(entry).collect()
+    }
+
+    fn kinds(sockets: &Sockets, policy: Policy, volumes: &[PathBuf]) -> Vec<&'static str> {
+        let found = inspect(rustix::process::getpid(), sockets, policy, volumes).unwrap();
+        found.blockers.iter().map(Blocker::kind).collect()
+    }
+
+    #[test]
+    fn a_fresh_connection_and_a_waiting_one_are_reasons() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert_eq!(kinds(&owned(&[&listener]), Policy::Close, &[]), ["queue"]);
+        let (server, _) = listener.accept().unwrap();
+        assert_eq!(kinds(&owned(&[&listener, &server]), Policy::default(), &[]), ["connection"]);
+        assert!(kinds(&owned(&[&listener, &server]), Policy::Close, &[]).is_empty());
+        drop(client);
+    }
+
+    #[test]
+    fn a_unix_connection_is_a_reason_when_its_other_end_is_somebody_elses() {
+        let (one, other) = UnixStream::pair().unwrap();
+        assert_eq!(kinds(&owned(&[&one]), Policy::Keep, &[]), ["unix-peer"]);
+        assert!(kinds(&owned(&[&one, &other]), Policy::Keep, &[]).is_empty());
+    }
+
+    #[test]
+    fn a_unix_listener_is_a_reason_when_others_can_find_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("door")).unwrap();
+        let volume = [directory.path().to_owned()];
+        assert_eq!(kinds(&owned(&[&listener]), Policy::Keep, &volume), ["unix-listener"]);
+        assert!(kinds(&owned(&[&listener]), Policy::Keep, &["/elsewhere".into()]).is_empty());
+        assert!(lies_on(Path::new("door"), &volume), "where a relative path leads is not known");
+    }
+}
