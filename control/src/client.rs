@@ -13,7 +13,10 @@ use ttrpc::{r#async::transport::Socket, context::Context};
 use crate::{
     error::{Failure, Kind},
     proto::{
-        control::{Container, Depth, ListRequest, SleepRequest, StatusRequest, Transition, WakeRequest},
+        control::{
+            Container, Depth, ListRequest, SleepRequest, StatusRequest, Transition, WakeRequest, WhyRequest,
+            WhyResponse,
+        },
         control_ttrpc::ControlClient,
     },
 };
@@ -215,6 +218,16 @@ impl Client {
                 format!("the shim on {} sent an empty status", self.socket.display()),
             ),
         })
+    }
+
+    /// Asks how deep a container could sleep, and why no deeper.
+    ///
+    /// # Errors
+    /// As [`Client::sleep`].
+    pub async fn why(&self, id: &str) -> Result<WhyResponse, ClientError> {
+        let request = WhyRequest { id: id.to_owned(), ..WhyRequest::default() };
+        let call = self.inner.why(Context::default(), &request);
+        self.call("Why", id, self.timeouts.query, call).await
     }
 
     /// Lists the shim's containers.

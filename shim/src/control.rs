@@ -6,9 +6,9 @@ use std::{
 };
 
 use agentcube_control::{
-    Container, Control, Depth as WireDepth, ListRequest, ListResponse, Shortfall, SleepRequest,
-    SleepResponse, State as WireState, StatusRequest, StatusResponse, Transition as WireTransition,
-    WakeRequest, WakeResponse, labels,
+    Container, Control, Depth as WireDepth, ListRequest, ListResponse, Reason as WireReason, Shortfall,
+    SleepRequest, SleepResponse, State as WireState, StatusRequest, StatusResponse,
+    Transition as WireTransition, WakeRequest, WakeResponse, WhyRequest, WhyResponse, labels,
 };
 use async_trait::async_trait;
 use containerd_shim::protos::ttrpc::r#async::TtrpcContext;
@@ -17,7 +17,8 @@ use protobuf::{EnumOrUnknown, MessageField};
 use crate::{
     container::{Handle, Snapshot, Transition},
     error::TaskError,
-    lifecycle::{Depth, FrozenBy, State},
+    lifecycle::{Depth, FrozenBy, Refusal, State},
+    runtime::{Reason, Reasons},
     sandbox::{self, Slept, Wish},
     task::Containers,
 };
@@ -115,6 +116,19 @@ impl Control for ControlService {
         Ok(StatusResponse { container: MessageField::some(self.describe(&handle)), ..Default::default() })
     }
 
+    async fn why(&self, _: &TtrpcContext, request: WhyRequest) -> containerd_shim::TtrpcResult<WhyResponse> {
+        let handle = self.containers.get(&request.id)?;
+        if let Some(depth @ Depth::Checkpointed) = handle.snapshot().depth() {
+            return Err(TaskError::Refused { id: request.id, refusal: Refusal::AlreadyAsleep(depth) }.into());
+        }
+        let told = handle.runtime().why().await.map_err(|source| TaskError::Runtime {
+            id: request.id,
+            what: "cannot be looked at",
+            source,
+        })?;
+        Ok(wire_reasons(told))
+    }
+
     async fn list(&self, _: &TtrpcContext, _: ListRequest) -> containerd_shim::TtrpcResult<ListResponse> {
         let containers = self.containers.all().iter().map(|handle| self.describe(handle)).collect();
         Ok(ListResponse { containers, ..Default::default() })
@@ -151,6 +165,18 @@ fn wire_state(snapshot: &Snapshot) -> WireState {
         State::Reclaiming | State::Dumping { .. } => WireState::STATE_FALLING_ASLEEP,
         State::Restoring { .. } => WireState::STATE_WAKING,
         State::Stopped => WireState::STATE_STOPPED,
+    }
+}
+
+fn wire_reasons(told: Reasons) -> WhyResponse {
+    let reason = |reason: Reason| WireReason { kind: reason.kind, text: reason.text, ..Default::default() };
+    WhyResponse {
+        deepest: EnumOrUnknown::new(wire_depth(told.deepest)),
+        reasons: told.reasons.into_iter().map(reason).collect(),
+        doubts: told.doubts,
+        closing: u32::try_from(told.closing).unwrap_or(u32::MAX),
+        next_timer_us: told.next_timer.map_or(0, micros),
+        ..Default::default()
     }
 }
 

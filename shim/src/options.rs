@@ -4,16 +4,21 @@
 //! both come as `runtimeoptions.v1.Options`. What is not set has a default; what is not known is an error.
 
 use std::{
+    collections::HashMap,
     fmt, fs,
     io::{self, Read},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use containerd_shim::protos::{
     protobuf::{CodedInputStream, Message, well_known_types::any::Any},
     shim::oci::Options as RuncOptions,
 };
-use criu_hooks::pager::{self, LazyOptions};
+use criu_hooks::{
+    inspect::Policy,
+    pager::{self, LazyOptions},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::daemon::PAGER;
@@ -77,6 +82,22 @@ impl From<CriuMode> for criu_hooks::image::Mode {
     }
 }
 
+/// What becomes of established TCP connections when an agent is checkpointed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Connections {
+    /// Idle ones are closed, any other keeps the agent at a shallower depth.
+    #[default]
+    Auto,
+    /// Each keeps the agent at a shallower depth.
+    Keep,
+    /// Each may be closed.
+    Close,
+}
+
+/// The annotation of a pod or container that overrides [`Options::connections`].
+const CONNECTIONS: &str = "agentcube.volcano.sh/connections";
+
 /// The options.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -119,6 +140,10 @@ pub struct Options {
     pub prefetch_on_wake: bool,
     /// How much is logged.
     pub log_level: LogLevel,
+    /// What becomes of established TCP connections when an agent is checkpointed.
+    pub connections: Connections,
+    /// With [`Connections::Auto`]: for how many seconds no byte may have come or gone before a connection is closed.
+    pub connection_idle_seconds: u32,
 }
 
 impl Default for Options {
@@ -142,6 +167,8 @@ impl Default for Options {
             reclaim_timeout: 10,
             prefetch_on_wake: false,
             log_level: LogLevel::default(),
+            connections: Connections::default(),
+            connection_idle_seconds: 60,
         }
     }
 }
@@ -307,6 +334,37 @@ impl Options {
         Ok(options)
     }
 
+    /// What the annotations of a container override.
+    ///
+    /// # Errors
+    /// [`OptionsError::Toml`] when one has a value that it cannot have.
+    pub fn annotated(mut self, annotations: Option<&HashMap<String, String>>) -> Result<Self, OptionsError> {
+        if let Some(value) = annotations.and_then(|annotations| annotations.get(CONNECTIONS)) {
+            self.connections = match value.as_str() {
+                "auto" => Connections::Auto,
+                "keep" => Connections::Keep,
+                "close" => Connections::Close,
+                _ => {
+                    let origin = format!("the annotation {CONNECTIONS}");
+                    let reason = format!("{value:?} is none of auto, keep, close");
+                    return Err(OptionsError::Toml { origin, reason });
+                }
+            };
+        }
+        Ok(self)
+    }
+
+    /// What becomes of established connections.
+    pub fn connection_policy(&self) -> Policy {
+        match self.connections {
+            Connections::Auto => {
+                Policy::Auto { idle: Duration::from_secs(self.connection_idle_seconds.into()) }
+            }
+            Connections::Keep => Policy::Keep,
+            Connections::Close => Policy::Close,
+        }
+    }
+
     /// Keeps the options in `bundle`.
     ///
     /// # Errors
@@ -468,6 +526,21 @@ mod tests {
         assert_eq!((options.criu_mode, options.memory_limit_mib), (CriuMode::Classic, 0));
         let options = Options::from_toml("criu_mode = \"pod-namespaces\"", "here").unwrap();
         assert_eq!(options, Options::default());
+    }
+
+    #[test]
+    fn an_annotation_overrides_what_becomes_of_connections() {
+        let annotated = |value: &str| {
+            let annotations = HashMap::from([(CONNECTIONS.to_owned(), value.to_owned())]);
+            Options::default().annotated(Some(&annotations))
+        };
+        assert_eq!(annotated("close").unwrap().connection_policy(), Policy::Close);
+        assert_eq!(annotated("keep").unwrap().connection_policy(), Policy::Keep);
+        assert_eq!(annotated("auto").unwrap(), Options::default());
+        assert!(annotated("drop").unwrap_err().to_string().contains("agentcube.volcano.sh/connections"));
+        let options =
+            Options::from_toml("connections = \"auto\"\nconnection_idle_seconds = 5", "here").unwrap();
+        assert_eq!(options.connection_policy(), Policy::Auto { idle: Duration::from_secs(5) });
     }
 
     #[test]

@@ -155,6 +155,30 @@ pub struct Restored {
     pub mode: &'static str,
 }
 
+/// Something that keeps a container from sleeping deeper.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reason {
+    /// A stable name of its kind.
+    pub kind: String,
+    /// What it is, in words.
+    pub text: String,
+}
+
+/// How deep a container could sleep at this moment, and why no deeper.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reasons {
+    /// The deepest depth that is worth a try.
+    pub deepest: Depth,
+    /// What keeps it from sleeping deeper.
+    pub reasons: Vec<Reason>,
+    /// What shows only when it is tried, in words.
+    pub doubts: Vec<String>,
+    /// How many idle connections a checkpoint would close.
+    pub closing: usize,
+    /// How long it is until the first of its timer descriptors goes off.
+    pub next_timer: Option<Duration>,
+}
+
 /// What a client wants of a checkpoint (`ctr task checkpoint`).
 #[derive(Debug, Clone, Default)]
 pub struct CheckpointConfig {
@@ -254,6 +278,8 @@ pub trait Runtime: Send + Sync {
     /// while the container sleeps, at whatever depth, and is dropped and called anew in between: what it waits for must
     /// not be lost with it.
     async fn demand(&self) -> WakeCause;
+    /// How deep the live container could sleep, and why no deeper. Does not disturb it.
+    async fn why(&self) -> Result<Reasons, RuntimeError>;
     /// The ids of all processes; the last known ones while asleep. Never empty.
     fn pids(&self) -> Vec<u32>;
     /// `io.containerd.cgroups.v2.Metrics`.

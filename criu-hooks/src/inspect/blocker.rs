@@ -10,7 +10,7 @@ use crate::container;
 /// What keeps a container from being checkpointed. It can be frozen all the same.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Blocker {
-    /// Found by the look at the container as a whole: a debugger, an exec, a foreign mount.
+    /// Found by the look at the container as a whole: a debugger, an exec, a foreign mount, a thread that went astray.
     #[error(transparent)]
     Container(container::Blocker),
     /// The kernel's state of an io_uring cannot be read.
@@ -62,7 +62,7 @@ pub enum Blocker {
     Namespace {
         /// The process.
         pid: Pid,
-        /// "user", "pid" and so on.
+        /// "user", "pid", "ipc", "uts" or "time".
         kind: &'static str,
     },
     /// A unix socket is connected to a process that stays.
@@ -93,7 +93,7 @@ pub enum Blocker {
         hint: &'static str,
     },
     /// A connection must not be closed.
-    #[error("it has a connection with {peer} {busy}")]
+    #[error("a TCP connection is established with {peer}, {busy}")]
     Connection {
         /// The other end.
         peer: SocketAddr,
@@ -101,7 +101,7 @@ pub enum Blocker {
         busy: Busy,
     },
     /// Somebody waits for it.
-    #[error("{waiting} connections wait at {address} to be accepted")]
+    #[error("somebody waits at {address} to be accepted: {waiting} in the queue")]
     Queue {
         /// Where.
         address: SocketAddr,
@@ -124,7 +124,7 @@ impl Blocker {
             Self::PerfEvent { .. } => "perf-event",
             Self::Device { .. } => "device",
             Self::Unknown { .. } => "file",
-            Self::Namespace { .. } => "namespace",
+            Self::Container(container::Blocker::StrayThread { .. }) | Self::Namespace { .. } => "namespace",
             Self::UnixPeer { .. } => "unix-peer",
             Self::SharedListener { .. } => "unix-listener",
             Self::Socket { .. } => "socket",

@@ -10,7 +10,12 @@ mod files;
 mod namespaces;
 mod sockets;
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io,
+    path::PathBuf,
+    time::Duration,
+};
 
 use rustix::process::Pid;
 
@@ -24,7 +29,8 @@ use self::{
 };
 use crate::{
     container::{self, Container},
-    descriptors, procfs,
+    descriptors::{self, Descriptor},
+    procfs,
 };
 
 /// What a look at a container has shown.
@@ -38,6 +44,8 @@ pub struct Inspection {
     pub closing: usize,
     /// How long it is until the first of its timer descriptors goes off.
     pub next_timer: Option<Duration>,
+    /// Tells whether the container has the same processes and files open as at another look; connections do not count.
+    pub fingerprint: u64,
 }
 
 /// Looks at `container`, whose first process is `init`.
@@ -67,6 +75,13 @@ pub fn inspect(container: &Container, init: Pid, policy: Policy) -> Result<Inspe
 }
 
 impl Inspection {
+    /// Adds to the fingerprint, in whatever order.
+    fn note(&mut self, pid: Pid, descriptor: &Descriptor) {
+        let mut hasher = DefaultHasher::new();
+        (pid.as_raw_nonzero(), descriptor.number, &descriptor.target).hash(&mut hasher);
+        self.fingerprint = self.fingerprint.wrapping_add(hasher.finish());
+    }
+
     /// Looks at one process.
     fn look_at(&mut self, pid: Pid, namespaces: &Namespaces, sockets: &mut Sockets) -> io::Result<()> {
         self.blockers.extend(namespaces.blocker(pid)?);
@@ -76,6 +91,7 @@ impl Inspection {
                 sockets.entry(inode).or_insert(Owner { pid, number: descriptor.number });
                 continue;
             }
+            self.note(pid, &descriptor);
             let blocker = files::blocker(pid, &descriptor);
             self.blockers.extend(blocker.filter(|blocker| !self.blockers.contains(blocker)));
             watches |= descriptor.anonymous() == Some("inotify");

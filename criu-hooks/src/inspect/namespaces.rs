@@ -1,14 +1,14 @@
-//! Namespaces of single tasks.
+//! Namespaces of single processes.
 
-use std::{fs, io};
+use std::io;
 
 use rustix::process::Pid;
 
 use super::blocker::Blocker;
 use crate::procfs;
 
-/// The namespaces that all tasks must share with the first one. A mount namespace of its own is dumped.
-const SHARED: &[&str] = &["user", "pid", "net", "ipc", "uts", "time", "cgroup"];
+/// The namespaces that all processes must share with the first one. Mount and network namespaces of their own are dumped.
+const SHARED: &[&str] = &["user", "pid", "ipc", "uts", "time"];
 
 /// The namespaces of a container's first process.
 pub(super) struct Namespaces(Vec<(&'static str, u64)>);
@@ -19,15 +19,11 @@ impl Namespaces {
         Ok(Self(SHARED.iter().copied().map(of).collect::<io::Result<_>>()?))
     }
 
-    /// In what a thread of `pid` is elsewhere, if it is.
+    /// In what `pid` is elsewhere, if it is.
     pub(super) fn blocker(&self, pid: Pid) -> io::Result<Option<Blocker>> {
-        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let directory = task?.path().join("ns");
-            for &(kind, own) in &self.0 {
-                // A thread may end meanwhile.
-                if procfs::inode(&directory.join(kind)).is_ok_and(|inode| inode != own) {
-                    return Ok(Some(Blocker::Namespace { pid, kind }));
-                }
+        for &(kind, own) in &self.0 {
+            if procfs::namespace(pid, kind)? != own {
+                return Ok(Some(Blocker::Namespace { pid, kind }));
             }
         }
         Ok(None)

@@ -8,7 +8,7 @@ use agentcube_control::{
 };
 use tokio::task::JoinHandle;
 
-use super::view::{Answer, Container, Outcome, Problem, Result as Done, Transition};
+use super::view::{Answer, Container, Outcome, Problem, Result as Done, Transition, Why};
 
 /// What to do to a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub enum Action {
     Wake,
     /// Ask for its status.
     Inspect,
+    /// Ask what keeps it from sleeping deeper.
+    Why,
 }
 
 impl Action {
@@ -33,6 +35,7 @@ impl Action {
             Action::Sleep { .. } => format!("put {id} to sleep"),
             Action::Wake => format!("wake {id}"),
             Action::Inspect => format!("inspect {id}"),
+            Action::Why => format!("tell how deep {id} could sleep"),
         }
     }
 }
@@ -99,6 +102,7 @@ async fn perform(
             let socket = found.endpoint.path.display().to_string();
             Ok(Done::Container(Box::new(Container::new(&container, socket))))
         }
+        Action::Why => Ok(Done::Why(Why::from(&client.why(id).await?))),
         Action::Sleep { depth, or_shallower } => {
             let slept = if or_shallower {
                 client.sleep_or_shallower(id, depth).await

@@ -62,6 +62,12 @@ pub enum Command {
         #[command(flatten)]
         patience: Patience,
     },
+    /// Tell how deep running containers could sleep now, and why no deeper; does not disturb them
+    Why {
+        /// Containers, by id or the start of one
+        #[arg(required = true, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
+        ids: Vec<String>,
+    },
     /// Tell all about containers
     Inspect {
         /// Containers, by id or the start of one

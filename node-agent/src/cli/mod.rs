@@ -53,6 +53,7 @@ async fn dispatch(args: &Args, out: &mut dyn Write, err: &mut dyn Write) -> Resu
     let (ids, action, timeouts) = match &args.command {
         Command::Ps => return ps(args, out).await,
         Command::Inspect { ids } => (ids, Action::Inspect, Timeouts::default()),
+        Command::Why { ids } => (ids, Action::Why, Timeouts::default()),
         Command::Sleep { ids, depth, or_shallower, patience } => {
             let action = Action::Sleep { depth: DepthArg::wanted(*depth), or_shallower: *or_shallower };
             (ids, action, patience.timeouts())
@@ -112,6 +113,7 @@ fn text(done: &Done, id: &str) -> String {
         Done::Container(container) => render::inspect(container, now_ms()),
         Done::Slept(transitions) => transitions.iter().map(render::slept).collect(),
         Done::Woke(transitions) if transitions.is_empty() => render::was_awake(id),
+        Done::Why(why) => render::why(id, why),
         Done::Woke(transitions) => transitions.iter().map(render::woke).collect(),
     }
 }

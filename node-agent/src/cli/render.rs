@@ -6,7 +6,7 @@ use agentcube_control::labels;
 
 use super::{
     units::{ago, bytes, micros, printable, short},
-    view::{Container, Listing, Transition},
+    view::{Container, Listing, Transition, Why},
 };
 
 /// An id up to this long is shown whole; containerd's usual ids of 64 characters are cut.
@@ -115,6 +115,24 @@ fn name(container: &Container) -> String {
         container => name = format!("{name}/{container}"),
     }
     printable(&name)
+}
+
+/// What `agentcube why` says of one container.
+pub fn why(id: &str, why: &Why) -> String {
+    let mut text = format!("{}: can sleep {}\n", printable(id), why.deepest.unwrap_or("not at all"));
+    for reason in &why.reasons {
+        let _ = writeln!(text, "  not deeper, because {}", printable(&reason.text));
+    }
+    for doubt in &why.doubts {
+        let _ = writeln!(text, "  perhaps not: {}", printable(doubt));
+    }
+    if why.closing > 0 {
+        let _ = writeln!(text, "  idle connections that would be closed: {}", why.closing);
+    }
+    if let Some(next) = why.next_timer_us {
+        let _ = writeln!(text, "  a timer goes off in {}", micros(next));
+    }
+    text
 }
 
 fn dash(text: String) -> String {

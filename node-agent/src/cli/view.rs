@@ -175,9 +175,49 @@ pub enum Result {
     Slept(Vec<Transition>),
     /// Of `wake`: one transition for each container that slept.
     Woke(Vec<Transition>),
+    /// Of `why`.
+    Why(Why),
 }
 
-/// `agentcube sleep | wake | inspect --json`: in the order in which they were asked for.
+/// How deep a container could sleep, and why no deeper.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Why {
+    /// The deepest depth that is worth a try.
+    pub deepest: Option<&'static str>,
+    /// Why no deeper.
+    pub reasons: Vec<Reason>,
+    /// What shows only when it is tried, in words.
+    pub doubts: Vec<String>,
+    /// How many idle connections a checkpoint would close.
+    pub closing: u32,
+    /// Microseconds until the first of its timer descriptors goes off; null when none is set.
+    pub next_timer_us: Option<u64>,
+}
+
+/// One thing that keeps a container from sleeping deeper.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Reason {
+    /// A stable name: `connection`, `io-uring`, `debugger`.
+    pub kind: String,
+    /// For people.
+    pub text: String,
+}
+
+impl From<&control::WhyResponse> for Why {
+    fn from(told: &control::WhyResponse) -> Why {
+        let reason =
+            |reason: &control::Reason| Reason { kind: reason.kind.clone(), text: reason.text.clone() };
+        Why {
+            deepest: depth_name(told.deepest.enum_value().unwrap_or_default()),
+            reasons: told.reasons.iter().map(reason).collect(),
+            doubts: told.doubts.clone(),
+            closing: told.closing,
+            next_timer_us: (told.next_timer_us > 0).then_some(told.next_timer_us),
+        }
+    }
+}
+
+/// `agentcube sleep | wake | inspect | why --json`: in the order in which they were asked for.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Outcomes {
     /// One for each container.

@@ -151,6 +151,7 @@ impl RuntimeFactory for RuncFactory {
         options.save(bundle).map_err(failed)?;
         let spec = bundle::read_spec(bundle).map_err(|error| invalid(&error))?;
         check(&spec, bundle)?;
+        let options = options.annotated(spec.annotations().as_ref()).map_err(|error| invalid(&error))?;
         controllers::prepare(bundle, &spec, options.ignore_missing_controllers).map_err(precondition)?;
         let runc = runc_of(&options, namespace, bundle, &self.reaper)?;
         rootfs::mount(bundle, &config.rootfs).await.map_err(failed)?;
@@ -194,6 +195,7 @@ impl RuntimeFactory for RuncFactory {
                 image: None,
                 fill: None,
                 listeners: None,
+                rebuff: None,
                 frozen: Frozen::default(),
             }),
             updates: Arc::default(),

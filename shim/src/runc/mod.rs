@@ -5,6 +5,7 @@ mod checkpoint;
 mod cleanup;
 mod create;
 mod freezer;
+mod inspect;
 mod process;
 mod sleep;
 pub mod state_file;
@@ -34,13 +35,14 @@ use runc::{
 use tokio::sync::OnceCell;
 use tracing::{debug, info, warn};
 
+pub use self::{cleanup::cleanup, create::RuncFactory};
 use self::{
     ahead::Ahead,
     freezer::Frozen,
+    inspect::Rebuff,
     process::{ProcessHandle, runc_error},
     updates::{Recorder, Updates},
 };
-pub use self::{cleanup::cleanup, create::RuncFactory};
 use crate::{
     controllers,
     io::{ConsoleSocket, ProcessIo},
@@ -49,8 +51,8 @@ use crate::{
     reaper::Reaper,
     reclaim, rootfs,
     runtime::{
-        CheckpointConfig, DumpReport, ExecConfig, Process, ReclaimReport, Restored, Runtime, RuntimeError,
-        Veto,
+        CheckpointConfig, DumpReport, ExecConfig, Process, Reasons, ReclaimReport, Restored, Runtime,
+        RuntimeError, Veto,
     },
     stats,
     traffic::Listeners,
@@ -105,6 +107,8 @@ struct Inner {
     fill: Option<Fill>,
     /// The sockets by which a checkpointed agent is reached.
     listeners: Option<Arc<Listeners>>,
+    /// What CRIU could not dump the last time.
+    rebuff: Option<Rebuff>,
     frozen: Frozen,
 }
 
@@ -115,6 +119,8 @@ struct SleepImage {
     kept: Kept,
     /// A CRIU that waits for the wake.
     ahead: Option<Ahead>,
+    /// Connections were closed: they are restored closed.
+    tcp_close: bool,
 }
 
 /// By which engine the image was made, and must be restored.
@@ -413,7 +419,7 @@ impl Runtime for RuncContainer {
         };
         // Of a container that was killed in its sleep: whoever waited for it learns that it is gone.
         drop(listeners);
-        let Some(SleepImage { kind, kept, ahead }) = image else { return };
+        let Some(SleepImage { kind, kept, ahead, .. }) = image else { return };
         drop((kept, ahead));
         let id = self.id.clone();
         let fill = self.lock().fill.clone();
@@ -495,6 +501,10 @@ impl Runtime for RuncContainer {
             cause = self.stirred() => cause,
             () = self.client() => WakeCause::Traffic,
         }
+    }
+
+    async fn why(&self) -> Result<Reasons, RuntimeError> {
+        self.explain().await
     }
 
     fn pids(&self) -> Vec<u32> {

@@ -16,7 +16,7 @@ use criu_hooks::{
         RestoreOptions, Spare,
     },
     image::{self, Expected, Image, ImageWriter, Mode, Pages, Store},
-    pager::{Eager, Fill, LazyOptions},
+    pager::{Eager, Fill},
     preflight::Preflight,
 };
 use rustix::process::Pid;
@@ -39,6 +39,10 @@ use crate::{
 const DIRECT: &str = "direct";
 /// The engine's name in reports: `runc checkpoint` and `runc restore`.
 const RUNC: &str = "runc";
+
+/// Why a container whose cgroup is systemd's is not checkpointed.
+pub(super) const SYSTEMD: &str = "with systemd_cgroup the container's scope would end with its processes, and its limits with it: \
+     it can sleep frozen, or with the cgroupfs driver";
 
 /// How long CRIU may take, whatever the size.
 const LEAST_TIME: Duration = Duration::from_mins(1);
@@ -153,7 +157,7 @@ pub(super) fn remove_images(root: &Path, namespace: &str, id: &str) -> Result<()
 
 impl RuncContainer {
     /// The container as the engine sees it, derived anew from its bundle.
-    fn for_engine(&self) -> Result<Container, RuntimeError> {
+    pub(super) fn for_engine(&self) -> Result<Container, RuntimeError> {
         Container::load(&self.id, &self.bundle, self.cgroup.clone()).map_err(precondition)
     }
 
@@ -177,10 +181,7 @@ impl RuncContainer {
 
     async fn freeze_and_dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
         if self.options.systemd_cgroup {
-            return Err(precondition(
-                "with systemd_cgroup the container's scope would end with its processes, and its limits with it: \
-                 it can sleep frozen, or with the cgroupfs driver",
-            ));
+            return Err(precondition(SYSTEMD));
         }
         let criu = self
             .criu
@@ -206,6 +207,9 @@ impl RuncContainer {
         if objections.raised().is_some() {
             return Err(RuntimeError::Vetoed);
         }
+        let seen = self.inspection(&container, init).await?;
+        self.admit(&seen)?;
+        let tcp_close = seen.closing > 0;
         self.io.prepare_dump().await.map_err(failed)?;
 
         // runc's record must be brought up to date after a direct restore, or exec would not work.
@@ -215,12 +219,17 @@ impl RuncContainer {
                 let timeout = time_for(stats::resident(self.cgroup.path()));
                 let options = DumpOptions {
                     timeout,
+                    tcp_close,
                     mode: self.options.criu_mode.into(),
                     memory_limit: self.options.memory_limit_mib.saturating_mul(1 << 20),
                     ..DumpOptions::default()
                 };
                 let dump = engine.dump(&container, init, &writer, &options, &mut hooks).await;
+                self.learn(&seen, dump.as_ref().err());
                 (DIRECT, dump.map_err(dump_error)?, hooks.image)
+            }
+            Err(_) if tcp_close => {
+                return Err(precondition("connections are established, and runc cannot close them"));
             }
             Err(reason) => {
                 warn!(id = %self.id, %reason, "runc is of an unknown kind: it dumps and restores this container itself");
@@ -251,7 +260,7 @@ impl RuncContainer {
         let kind = if made_by == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
         let mut inner = self.lock();
         inner.last_pids = pids.into_iter().map(process::number).collect();
-        inner.image = Some(SleepImage { kind, kept: dumped.kept, ahead });
+        inner.image = Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close });
         Ok(report)
     }
 
@@ -326,10 +335,10 @@ impl RuncContainer {
     }
 
     pub(super) async fn wake_up(&self) -> Result<Restored, RuntimeError> {
-        let (kind, kept, ahead) = {
+        let (kind, kept, ahead, tcp_close) = {
             let mut inner = self.lock();
             let image = inner.image.as_mut().ok_or_else(|| failed("there is no image of it"))?;
-            (image.kind.clone(), image.kept.try_clone().map_err(failed)?, image.ahead.take())
+            (image.kind.clone(), image.kept.try_clone().map_err(failed)?, image.ahead.take(), image.tcp_close)
         };
         let spare = match ahead {
             Some(ahead) => ahead.take().await,
@@ -338,7 +347,14 @@ impl RuncContainer {
         let container = self.for_engine()?;
         let (woken, engine) = match &kind {
             ImageKind::Direct(image) => {
-                let woken = self.restore_directly(&container, image, kept, spare).await?;
+                let options = RestoreOptions {
+                    kept,
+                    tcp_close,
+                    timeout: time_for(image.bytes()),
+                    lazy: self.options.lazy(),
+                    ..RestoreOptions::default()
+                };
+                let woken = self.restore_directly(&container, image, options, spare).await?;
                 if let Err(error) = state_file::update(&self.state_file(), woken.pid) {
                     warn!(id = %self.id, %error, "runc does not know the new init process: the next exec tells it");
                 }
@@ -368,16 +384,15 @@ impl RuncContainer {
         &self,
         container: &Container,
         image: &Image,
-        kept: Kept,
+        mut options: RestoreOptions,
         spare: Option<Spare>,
     ) -> Result<Woken, RuntimeError> {
-        let again = kept.try_clone().map_err(failed)?;
-        let lazy = self.options.lazy();
-        match self.restore_once(container, image, kept, spare, lazy).await? {
+        match self.restore_once(container, image, &options, spare).await? {
             Ok(woken) => Ok(woken),
             Err(error) if error.is_lazy_refused() => {
                 warn!(id = %self.id, %error, "a lazy restore failed: all memory is restored at once");
-                self.restore_once(container, image, again, None, None).await?.map_err(failed)
+                options.lazy = None;
+                self.restore_once(container, image, &options, None).await?.map_err(failed)
             }
             Err(error) => Err(failed(error)),
         }
@@ -387,16 +402,13 @@ impl RuncContainer {
         &self,
         container: &Container,
         image: &Image,
-        kept: Kept,
+        options: &RestoreOptions,
         spare: Option<Spare>,
-        lazy: Option<LazyOptions>,
     ) -> Result<Result<Woken, RestoreError>, RuntimeError> {
         let handover = Handover { inherit: self.to_inherit()?, spare };
-        let timeout = time_for(image.bytes());
-        let options = RestoreOptions { kept, timeout, lazy, ..RestoreOptions::default() };
         let mut hooks = ClaimInit { reaper: self.reaper.clone(), mark: Some(self.reaper.mark()), init: None };
         let restored =
-            self.engine.restore(&self.namespace, container, image, &options, handover, &mut hooks).await;
+            self.engine.restore(&self.namespace, container, image, options, handover, &mut hooks).await;
         let restored = match restored {
             Ok(restored) => restored,
             Err(error) => return Ok(Err(error)),

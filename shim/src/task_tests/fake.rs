@@ -12,9 +12,10 @@ use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::{Notify, oneshot};
 
+use crate::lifecycle::Depth;
 use crate::runtime::{
-    CheckpointConfig, CreateConfig, DumpReport, ExecConfig, Process, ProcessExit, ReclaimReport, Restored,
-    Runtime, RuntimeError, RuntimeFactory, Veto,
+    CheckpointConfig, CreateConfig, DumpReport, ExecConfig, Process, ProcessExit, Reason, Reasons,
+    ReclaimReport, Restored, Runtime, RuntimeError, RuntimeFactory, Veto,
 };
 use crate::wake::WakeCause;
 
@@ -258,6 +259,16 @@ impl Runtime for Fake {
     async fn demand(&self) -> WakeCause {
         self.input.notified().await;
         WakeCause::Input
+    }
+
+    async fn why(&self) -> Result<Reasons, RuntimeError> {
+        Ok(Reasons {
+            deepest: Depth::Frozen,
+            reasons: vec![Reason { kind: "debugger".to_owned(), text: "a debugger is attached".to_owned() }],
+            doubts: Vec::new(),
+            closing: 2,
+            next_timer: Some(Duration::from_millis(1500)),
+        })
     }
 
     fn pids(&self) -> Vec<u32> {

@@ -1,7 +1,7 @@
 use agentcube_control::labels;
 
 use super::*;
-use crate::cli::view::{Problem, Silent};
+use crate::cli::view::{Problem, Reason, Silent};
 
 const NOW: i64 = 1_800_000_000_000;
 const LONG_ID: &str = "4f0c6f6f7b8b2f7ab2c1e0cf2a5f4f0c6f6f7b8b2f7ab2c1e0cf2a5f4f0c6f6f";
@@ -235,4 +235,37 @@ Socket:      /run/agentcube/default/demo.sock
 Bundle:      /run/containerd/io.containerd.runtime.v2.task/default/demo
 "
     );
+}
+
+#[test]
+fn why_tells_reasons_line_by_line() {
+    let reason = Reason { kind: "io-uring".to_owned(), text: "process 7 uses io_uring\u{1b}".to_owned() };
+    let told = Why {
+        deepest: Some("frozen"),
+        reasons: vec![reason],
+        doubts: vec!["process 8 watches files".to_owned()],
+        closing: 2,
+        next_timer_us: Some(1_500_000),
+    };
+    let text = why("a", &told);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], "a: can sleep frozen");
+    assert!(lines[1].starts_with("  not deeper, because process 7 uses io_uring"), "{text}");
+    assert!(!text.contains('\u{1b}'));
+    assert_eq!(
+        lines[2..],
+        [
+            "  perhaps not: process 8 watches files",
+            "  idle connections that would be closed: 2",
+            "  a timer goes off in 1.50 s",
+        ]
+    );
+    let nothing = Why {
+        deepest: Some("checkpointed"),
+        reasons: vec![],
+        doubts: vec![],
+        closing: 0,
+        next_timer_us: None,
+    };
+    assert_eq!(why("a", &nothing), "a: can sleep checkpointed\n");
 }

@@ -1,0 +1,211 @@
+//! What keeps an agent from being checkpointed, and what becomes of its connections when it is.
+
+#![allow(clippy::unwrap_used)]
+
+mod cycle;
+
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::net::TcpStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agentcube_tests::images::Image;
+use agentcube_tests::node::{Agent, AgentSpec, Net, Node, NodeOptions};
+use cycle::{SOON, agent, agentcube, assert_asleep, inspect, sleep, start, wakes};
+use serde_json::Value;
+
+const PORT: u16 = 8400;
+
+/// A server that speaks first and answers line by line, in a network of its own.
+fn talker(id: &str) -> AgentSpec {
+    let code = include_str!("../agents/doors.py");
+    agent(Image::Python, id).net(Net::Pod).port(PORT).args(&["python3", "-c", code, "blocking"])
+}
+
+fn run<'node>(node: &'node Node, spec: &AgentSpec) -> Agent<'node> {
+    let agent = node.run_agent(spec).unwrap();
+    node.wait_until("the server to listen", SOON, || Ok(agent.log()?.contains("ready"))).unwrap();
+    agent
+}
+
+/// A connection that the server has accepted.
+fn greeted(agent: &Agent) -> BufReader<TcpStream> {
+    let mut lines = BufReader::new(agent.connect().unwrap());
+    let mut greeting = String::new();
+    lines.read_line(&mut greeting).unwrap();
+    assert_eq!(greeting, "220 blocking\n");
+    lines
+}
+
+fn says(lines: &mut BufReader<TcpStream>, text: &str) {
+    lines.get_mut().write_all(format!("{text}\n").as_bytes()).unwrap();
+    let mut answer = String::new();
+    lines.read_line(&mut answer).unwrap();
+    assert_eq!(answer, format!("blocking: {text}\n"));
+}
+
+fn why(node: &Node, agent: &Agent) -> Value {
+    agentcube(node, agent, &["why"]).unwrap()["why"].take()
+}
+
+fn kinds(why: &Value) -> Vec<&str> {
+    why["reasons"].as_array().unwrap().iter().map(|reason| reason["kind"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn an_idle_connection_is_closed_by_a_checkpoint_and_a_busy_one_keeps_the_agent_awake() {
+    let mut options = NodeOptions::default();
+    options.shim_toml.push_str("\nconnection_idle_seconds = 3\n");
+    let node = Node::start(options).unwrap();
+    let agent = run(&node, &talker("a"));
+    let mut busy = greeted(&agent);
+    let mut idle = greeted(&agent);
+    let told = why(&node, &agent);
+    assert_eq!(kinds(&told), ["connection", "connection"]);
+    assert_eq!(told["deepest"], "frozen");
+    let refused = agentcube(&node, &agent, &["sleep", "--depth", "checkpointed"]).unwrap_err();
+    assert!(refused.contains("which was used 0.") || refused.contains("which was used 1."), "{refused}");
+    // Both are as they were.
+    says(&mut busy, "still there");
+    thread::sleep(Duration::from_secs(2));
+    says(&mut busy, "and still");
+    thread::sleep(Duration::from_millis(1500));
+    let told = why(&node, &agent);
+    assert_eq!((kinds(&told), told["closing"].as_u64()), (vec!["connection"], Some(1)));
+
+    drop(busy);
+    node.wait_until("the busy one to go", SOON, || Ok(kinds(&why(&node, &agent)).is_empty())).unwrap();
+    sleep(&node, &agent);
+    let begun = Instant::now();
+    assert_eq!(idle.read(&mut [0; 1]).unwrap(), 0, "an end in good order");
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    // The agent goes on, without the connection.
+    says(&mut greeted(&agent), "again");
+    assert_eq!(wakes(&node, &agent), 1);
+    sleep_when_idle(&node, &agent);
+}
+
+/// Closed connections take a moment to go.
+fn sleep_when_idle(node: &Node, agent: &Agent) {
+    node.wait_until("the agent to be idle", SOON, || Ok(kinds(&why(node, agent)).is_empty())).unwrap();
+    sleep(node, agent);
+}
+
+#[test]
+fn the_options_keep_and_close_and_the_annotation_decide_about_every_connection() {
+    let node = start();
+    let annotation = "agentcube.volcano.sh/connections";
+    let keeping = run(&node, &talker("keeping").annotation(annotation, "keep"));
+    let mut kept = greeted(&keeping);
+    let refused = agentcube(&node, &keeping, &["sleep"]).unwrap_err();
+    assert!(refused.contains("connections are to be kept"), "{refused}");
+    says(&mut kept, "kept");
+
+    let closing = run(&node, &talker("closing").annotation(annotation, "close"));
+    for turn in 1..=3 {
+        let mut closed = greeted(&closing);
+        says(&mut closed, "a moment ago");
+        sleep(&node, &closing);
+        match closed.read(&mut [0; 1]) {
+            Ok(length) => assert_eq!(length, 0),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+        }
+        says(&mut greeted(&closing), "again");
+        assert_eq!(wakes(&node, &closing), turn);
+    }
+    let wrong = node.run_agent(&talker("wrong").annotation(annotation, "drop")).unwrap_err().to_string();
+    assert!(wrong.contains(annotation) && wrong.contains("keep"), "{wrong}");
+}
+
+#[test]
+fn a_connection_whose_bytes_the_agent_has_not_read_keeps_it_awake() {
+    let node = start();
+    let code = "import socket, time
+server = socket.create_server(('0.0.0.0', 8400))
+print('ready', flush=True)
+connection, _ = server.accept()
+time.sleep(1000)";
+    let spec = agent(Image::Python, "a").net(Net::Pod).port(PORT).args(&["python3", "-c", code]);
+    let agent = run(&node, &spec);
+    let mut client = agent.connect().unwrap();
+    client.write_all(b"unread").unwrap();
+    let found = || Ok(why(&node, &agent)["reasons"].to_string().contains("6 bytes that it has not read"));
+    node.wait_until("the bytes to be seen", SOON, found).unwrap();
+    // One that nobody accepts is somebody who waits.
+    let waiting = agent.connect().unwrap();
+    assert_eq!(kinds(&why(&node, &agent)), ["connection", "queue"]);
+    drop(waiting);
+}
+
+#[test]
+fn what_keeps_an_agent_from_being_checkpointed_is_told_without_disturbing_it() {
+    let node = start();
+    let cases = [
+        ("inside", "a, b = socket.socketpair()", &[][..]),
+        ("timer", "t = os.timerfd_create(1); os.timerfd_settime(t, initial=500)", &[]),
+        (
+            "uring",
+            "import ctypes; assert ctypes.CDLL(None).syscall(425, 4, ctypes.create_string_buffer(120)) > 0",
+            &["io-uring"],
+        ),
+        ("fault", "import ctypes; assert ctypes.CDLL(None).syscall(323, 1) > 0", &["userfaultfd"]),
+        ("family", "s = socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)", &["socket"]),
+        ("mptcp", "s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)", &["socket"]),
+    ];
+    for (id, code, expected) in cases {
+        let code = format!(
+            "import os, socket, time\ntry:\n  {code}\n  print('ready', flush=True)\nexcept Exception as e:\n  print('ready, but', e, flush=True)\ntime.sleep(1000)"
+        );
+        let agent = run(&node, &agent(Image::Python, id).args(&["python3", "-c", &code]));
+        let log = agent.log().unwrap();
+        if log.contains("but") {
+            eprintln!("{id} cannot be tried on this machine: {log}");
+            continue;
+        }
+        let told = why(&node, &agent);
+        assert_eq!(kinds(&told), expected, "{id}: {told}");
+        let deepest = if expected.is_empty() { "checkpointed" } else { "frozen" };
+        assert_eq!(told["deepest"], deepest);
+        if id == "timer" {
+            let next = told["next_timer_us"].as_u64().unwrap();
+            assert!((400_000_000..=500_000_000).contains(&next), "{next}");
+        }
+        let text = node.exec(&["agentcube", "why", id]).unwrap().check().unwrap();
+        assert!(text.contains(&format!("{id}: can sleep {deepest}")), "{text}");
+        if expected.is_empty() {
+            sleep(&node, &agent);
+            let asleep = agentcube(&node, &agent, &["why"]).unwrap_err();
+            assert!(asleep.contains("asleep already"), "{asleep}");
+            assert_asleep(&node, &agent);
+        } else {
+            let refused = agentcube(&node, &agent, &["sleep", "--depth", "checkpointed"]).unwrap_err();
+            assert!(refused.contains(told["reasons"][0]["text"].as_str().unwrap()), "{refused}");
+            assert_eq!(inspect(&node, &agent)["state"], "running");
+        }
+        agent.delete().unwrap();
+    }
+}
+
+#[test]
+fn what_criu_could_not_dump_is_remembered_until_it_changes() {
+    let node = start();
+    let code = "import ctypes, os, signal, time
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init1(0o2000000)
+assert libc.inotify_add_watch(fd, b'/agent.py', 2) >= 0
+signal.signal(signal.SIGUSR1, lambda *_: os.close(fd))
+print('ready', flush=True)
+while True: time.sleep(1)";
+    let agent = run(&node, &agent(Image::Python, "a").args(&["python3", "-c", code]));
+    assert_eq!(why(&node, &agent)["doubts"].as_array().unwrap().len(), 1);
+    let first = agentcube(&node, &agent, &["sleep"]).unwrap_err();
+    assert!(first.contains("watches files") && !first.contains("ago"), "{first}");
+    let begun = Instant::now();
+    let second = agentcube(&node, &agent, &["sleep"]).unwrap_err();
+    assert!(second.contains("watches files") && second.contains("s ago; tried again in"), "{second}");
+    println!("refused from memory in {:?}", begun.elapsed());
+    assert_eq!(kinds(&why(&node, &agent)), ["criu"]);
+    agent.kill("SIGUSR1").unwrap();
+    node.wait_until("the watch to go", SOON, || Ok(kinds(&why(&node, &agent)).is_empty())).unwrap();
+    sleep(&node, &agent);
+}
