@@ -391,3 +391,56 @@ fn limits_may_be_changed_and_streams_attached_while_a_pod_sleeps() {
     }
     assert_running(&pod, &names);
 }
+
+#[test]
+fn requests_wake_a_sleeping_pod_from_outside_and_through_a_forwarded_port() {
+    let node = start();
+    let kubelet = Kubelet::on(&node).unwrap();
+    let pod = kubelet.run(spec("called").container(agent("agent")).container(counter("counter"))).unwrap();
+    pod.wait_healthy(8080).unwrap();
+    for round in 0..3 {
+        sleep_at(&node, &pod, "checkpointed");
+        assert_asleep(&node, &pod, &["agent", "counter"], "checkpointed");
+        assert_eq!(turn(&pod), round);
+        node.wait_until("all to wake", SOON, || Ok(state(&node, &pod, "counter").0 == "running")).unwrap();
+        pod.http(8080, "POST", "/chat", "hello").unwrap();
+        sleep_at(&node, &pod, "checkpointed");
+        // On the loopback interface of the pod.
+        let mut forward = pod.forward(8080).unwrap();
+        forward.send(b"GET /turn HTTP/1.1\r\nConnection: close\r\n\r\n").unwrap();
+        let answer = forward.read_to_end().unwrap();
+        assert!(answer.contains(&format!(r#"{{"turn": {}}}"#, round + 1)), "{answer}");
+        node.wait_until("all to wake", SOON, || Ok(state(&node, &pod, "counter").0 == "running")).unwrap();
+    }
+}
+
+#[test]
+fn probes_of_a_sleeping_pod_are_answered() {
+    let node = start();
+    let kubelet = Kubelet::on(&node).unwrap();
+    let every = |probe: Probe| probe.every(2 * SECOND);
+    let health = ContainerSpec::new("grpc", Image::Python)
+        .command(&["/usr/bin/python3", "/grpc_health.py"])
+        .startup(Probe::grpc(9090).every(SECOND).failures(30))
+        .readiness(every(Probe::grpc(9090)));
+    let pod = spec("probed")
+        .container(
+            agent("agent").liveness(every(Probe::http(8080, "/health"))).readiness(every(Probe::tcp(8080))),
+        )
+        .container(health);
+    let pod = kubelet.run(pod).unwrap();
+    pod.wait_healthy(8080).unwrap();
+    let (slept, report) = kubelet.attend(&[&pod], || {
+        let tries = 0..8;
+        let slept = tries.filter(|_| {
+            thread::sleep(Duration::from_millis(2500));
+            // A probe may come at this moment: then the pod is not idle.
+            agentcube(&node, pod.sandbox(), &["sleep"]).is_ok()
+        });
+        slept.count()
+    });
+    assert!(slept > 0, "{report:#?}");
+    assert_undisturbed(&report);
+    let failed = report.failed_probes.iter().filter(|probe| !probe.contains("Startup"));
+    assert_eq!(failed.count(), 0, "{report:#?}");
+}
