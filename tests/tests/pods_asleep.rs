@@ -38,9 +38,14 @@ fn assert_undisturbed(report: &Report) {
     }
 }
 
-/// Why a pod is not put to sleep while a probe's command runs in it, or begins to.
-const BUSY: [&str; 4] =
-    ["exec process", "woken while it fell asleep", "something needs the agent awake", "waking already"];
+/// Why a pod is not put to sleep while a probe's command runs in it, or begins to, or while one of it is at work.
+const BUSY: [&str; 5] = [
+    "exec process",
+    "woken while it fell asleep",
+    "something needs the agent awake",
+    "waking already",
+    "it is at work",
+];
 
 /// How long the soak lasts: `AGENTCUBE_SOAK` in seconds, or else what a test run has time for.
 fn soak() -> Duration {
@@ -135,16 +140,16 @@ fn the_containers_of_a_pod_sleep_together_and_whatever_wakes_one_wakes_all() {
     let node = start();
     let kubelet = Kubelet::on(&node).unwrap();
     let pod = spec("together")
-        .annotation(ANNOTATION, "agent,counter")
+        .annotation(ANNOTATION, "agent,worker")
         .init(ContainerSpec::script("first", "echo one"))
         .init(ContainerSpec::script("sidecar", "exec sleep 1000").sidecar())
         .container(agent("agent"))
-        .container(counter("counter"));
+        .container(agent("worker").env("PORT", &8081));
     let pod = kubelet.run(pod).unwrap();
     pod.wait_healthy(8080).unwrap();
-    let both = ["agent", "counter"];
+    let both = ["agent", "worker"];
     for depth in DEPTHS {
-        for waker in ["agent", "counter"] {
+        for waker in ["agent", "worker"] {
             sleep_at(&node, &pod, depth);
             assert_asleep(&node, &pod, &both, depth);
             assert_awake(&node, &pod, &["sidecar"]);
@@ -164,7 +169,6 @@ fn the_containers_of_a_pod_sleep_together_and_whatever_wakes_one_wakes_all() {
     assert!(refused.contains("exec"), "{refused}");
     assert_awake(&node, &pod, &both);
     drop(cat);
-    assert_counts(&lines(&pod.log("counter").unwrap(), "stdout"));
 }
 
 #[test]
@@ -443,4 +447,40 @@ fn probes_of_a_sleeping_pod_are_answered() {
     assert_undisturbed(&report);
     let failed = report.failed_probes.iter().filter(|probe| !probe.contains("Startup"));
     assert_eq!(failed.count(), 0, "{report:#?}");
+}
+
+#[test]
+fn a_pod_that_cannot_sleep_as_deep_as_asked_stays_awake_or_sleeps_as_deep_as_it_can() {
+    let node = start();
+    if node.read_file("/proc/swaps").unwrap().lines().count() > 1 {
+        return agentcube_tests::skipped("this machine has swap");
+    }
+    let kubelet = Kubelet::on(&node).unwrap();
+    let pod = spec("shallow").container(agent("agent")).container(agent("worker").env("PORT", &8081));
+    let pod = kubelet.run(pod).unwrap();
+    pod.wait_healthy(8080).unwrap();
+    let both = ["agent", "worker"];
+    let reclaim =
+        |more: &[&str]| agentcube(&node, pod.sandbox(), &[&["sleep", "--depth", "reclaimed"], more].concat());
+    let refused = reclaim(&[]).unwrap_err();
+    assert!(refused.contains("nothing to reclaim to"), "{refused}");
+    assert_awake(&node, &pod, &both);
+    let sleeps = || {
+        both.map(|name| {
+            agentcube(&node, &pod.id(name).unwrap(), &["inspect"]).unwrap()["container"]["sleeps"].as_u64()
+        })
+    };
+    let before = sleeps();
+    reclaim(&["--or-shallower"]).unwrap();
+    assert_asleep(&node, &pod, &both, "frozen");
+    // From there it is deepened without a wake, and asked again it is as it should be.
+    sleep_at(&node, &pod, "checkpointed");
+    assert_asleep(&node, &pod, &both, "checkpointed");
+    sleep_at(&node, &pod, "checkpointed");
+    assert_eq!(
+        sleeps(),
+        before.map(|count| count.map(|count| count + 1)),
+        "to deepen a sleep is no other sleep"
+    );
+    assert_eq!(turn(&pod), 0);
 }

@@ -2,16 +2,19 @@
 
 use std::collections::HashMap;
 
-use agentcube_control::{Control, SleepRequest, WakeRequest};
+use agentcube_control::{
+    Control, Depth as WireDepth, SleepRequest, Transition as WireTransition, WakeRequest,
+};
 
 use super::*;
 use crate::{
     bundle::Identity,
     container::{Birth, Handle},
     control::ControlService,
-    lifecycle::State,
+    lifecycle::{FrozenBy, State},
     runtime::{CreateConfig, RuntimeFactory, Stdio},
     sandbox::CONTAINERS,
+    wake::WakeCause,
 };
 
 const NAME: &str = "io.kubernetes.cri.container-name";
@@ -88,7 +91,16 @@ impl Pod {
     async fn sleep(&self) -> ttrpc::Result<Vec<String>> {
         self.begin_sleep().await.await.unwrap()
     }
+
+    async fn sleep_at(&self, depth: WireDepth, or_shallower: bool) -> ttrpc::Result<Vec<WireTransition>> {
+        let control = ControlService::new("k8s.io", self.containers.clone());
+        let request =
+            SleepRequest { id: "pod".to_owned(), depth: depth.into(), or_shallower, ..Default::default() };
+        Ok(control.sleep(&ctx(), request).await?.transitions)
+    }
 }
+
+const ASLEEP_FROZEN: State = State::Frozen { by: FrozenBy::Sleep };
 
 fn identity(annotations: impl IntoIterator<Item = (String, String)>) -> Identity {
     let annotations = annotations.into_iter().collect();
@@ -205,4 +217,70 @@ async fn those_that_the_annotation_does_not_name_stay_awake() {
     assert_eq!(control.wake(&ctx(), request).await.unwrap().transitions.len(), 1);
     let nobody = Pod::running(Some("x"), &["a"]).await;
     assert!(message(nobody.sleep().await).contains("none that agentcube.volcano.sh/containers=x names"));
+}
+
+#[tokio::test]
+async fn a_freeze_and_the_dump_after_it_are_one_sleep() {
+    let pod = Pod::running(None, &["a", "b"]).await;
+    pod.sleep().await.unwrap();
+    pod.handle("a").demand(WakeCause::Traffic).await.unwrap();
+    settle().await;
+    let cause = |id: &str| pod.handle(id).snapshot().last_wake.unwrap().cause;
+    assert_eq!((cause("a"), cause("b")), (Some(WakeCause::Traffic), Some(WakeCause::Sandbox)));
+    for id in ["a", "b"] {
+        let now = pod.handle(id).snapshot();
+        assert_eq!((now.sleeps, now.wakes), (1, 1), "{id}");
+    }
+}
+
+#[tokio::test]
+async fn where_one_cannot_be_dumped_it_sleeps_frozen_and_they_still_wake_as_one() {
+    let pod = Pod::running(None, &["a", "b"]).await;
+    let fake = &pod.fakes["b"];
+    fake.fail_next("dump", RuntimeError::FailedPrecondition("io_uring".to_owned()));
+    fake.fail_next("can reclaim", RuntimeError::FailedPrecondition("no swap".to_owned()));
+    let slept = pod.sleep_at(WireDepth::DEPTH_CHECKPOINTED, true).await.unwrap();
+    let told: Vec<_> =
+        slept.iter().map(|one| (one.id.as_str(), one.depth.unwrap(), one.shortfalls.len())).collect();
+    assert_eq!(told, [("a", WireDepth::DEPTH_CHECKPOINTED, 0), ("b", WireDepth::DEPTH_FROZEN, 2)]);
+    assert!(slept[1].shortfalls[0].reason.contains("io_uring"), "{slept:?}");
+    assert!(slept[1].shortfalls[1].reason.contains("no swap"), "{slept:?}");
+    assert_eq!((pod.state("a"), pod.state("b")), (State::Checkpointed, ASLEEP_FROZEN));
+    fake.input_arrives();
+    settle().await;
+    assert_eq!((pod.state("a"), pod.state("b")), (State::Running, State::Running));
+}
+
+#[tokio::test]
+async fn a_depth_that_one_cannot_reach_leaves_all_awake_unless_a_shallower_will_do() {
+    let pod = Pod::running(None, &["a", "b"]).await;
+    let nowhere = || RuntimeError::FailedPrecondition("there is nothing to reclaim to".to_owned());
+    pod.fakes["b"].fail_next("can reclaim", nowhere());
+    let refused = message(pod.sleep_at(WireDepth::DEPTH_RECLAIMED, false).await);
+    assert!(refused.contains("container b") && refused.contains("nothing to reclaim to"), "{refused}");
+    settle().await;
+    assert_eq!((pod.state("a"), pod.state("b")), (State::Running, State::Running));
+    pod.fakes["b"].fail_next("can reclaim", nowhere());
+    pod.sleep_at(WireDepth::DEPTH_RECLAIMED, true).await.unwrap();
+    assert_eq!((pod.state("a"), pod.state("b")), (State::Reclaimed, ASLEEP_FROZEN));
+    // From there all go deeper without a wake.
+    pod.sleep_at(WireDepth::DEPTH_CHECKPOINTED, false).await.unwrap();
+    assert_eq!((pod.state("a"), pod.state("b")), (State::Checkpointed, State::Checkpointed));
+    assert_eq!(pod.handle("a").snapshot().wakes, 1);
+}
+
+#[tokio::test]
+async fn what_one_of_them_does_by_itself_meanwhile_is_waited_for() {
+    let pod = Pod::running(None, &["a", "b"]).await;
+    pod.fakes["a"].fail_next("watch", RuntimeError::Busy("it is at work".to_owned()));
+    pod.sleep().await.unwrap();
+    pod.handle("a").demand(WakeCause::Traffic).await.unwrap();
+    settle().await;
+    // One whose timer is due while the other is being frozen.
+    pod.fakes["b"].hold("freeze");
+    let sleeping = pod.begin_sleep().await;
+    pod.handle("a").demand(WakeCause::Timer).await.unwrap();
+    pod.fakes["b"].release();
+    assert_eq!(sleeping.await.unwrap().unwrap(), ["a", "b"]);
+    assert_eq!((pod.state("a"), pod.state("b")), (State::Checkpointed, State::Checkpointed));
 }
