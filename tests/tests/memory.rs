@@ -86,6 +86,28 @@ fn memory_can_be_moved_unmapped_dropped_and_shared_with_a_child_right_after_a_wa
     }
 }
 
+/// What stops it while its memory is still coming: another sleep, or a client that pauses it.
+#[test]
+fn memory_goes_on_coming_while_an_agent_is_frozen_again_right_after_a_wake() {
+    let node = start();
+    let agent = fill(&node, &memory("m", 256));
+    for depth in ["frozen", "reclaimed", "frozen"] {
+        sleep_and_wake(&node, &agent);
+        agentcube(&node, &["sleep", "--or-shallower", "--depth", depth, "m"]).check().unwrap();
+        agentcube(&node, &["wake", "m"]).check().unwrap();
+        verify(&agent);
+        sleep_and_wake(&node, &agent);
+        agent.ctr(&["task", "pause", "m"]).unwrap().check().unwrap();
+        agent.ctr(&["task", "resume", "m"]).unwrap().check().unwrap();
+        verify(&agent);
+    }
+    // From frozen on, before all has come.
+    sleep_and_wake(&node, &agent);
+    agentcube(&node, &["sleep", "--depth", "frozen", "m"]).check().unwrap();
+    sleep_and_wake(&node, &agent);
+    verify(&agent);
+}
+
 #[test]
 fn a_fault_in_the_memory_is_found() {
     let node = start();
