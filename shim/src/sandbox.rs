@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, warn};
 
 use crate::{
-    container::{Handle, Transition},
+    container::{Handle, Snapshot, Transition},
     error::TaskError,
     lifecycle::{Depth, Refusal, State},
     runtime::RuntimeError,
@@ -213,7 +213,7 @@ async fn freeze_and_deepen(sandbox: &str, targets: &[Handle], wish: Wish) -> Res
         }
     });
     let frozen: Vec<Option<Transition>> = of_all(freezing).await.into_iter().collect::<Result<_, _>>()?;
-    all_sleep(sandbox, targets)?;
+    all_sleep(sandbox, targets).await?;
     let deepening = targets.iter().cloned().map(move |handle| async move {
         let depth = wish.depth_for(&handle);
         if depth == Depth::Frozen {
@@ -225,7 +225,7 @@ async fn freeze_and_deepen(sandbox: &str, targets: &[Handle], wish: Wish) -> Res
         }
     });
     let deepened: Vec<Option<Slept>> = of_all(deepening).await.into_iter().collect::<Result<_, _>>()?;
-    all_sleep(sandbox, targets)?;
+    all_sleep(sandbox, targets).await?;
     let joined = targets.iter().zip(frozen).zip(deepened).filter_map(|((handle, first), second)| {
         let (second, shortfalls) =
             second.map_or((None, Vec::new()), |slept| (Some(slept.transition), slept.shortfalls));
@@ -238,8 +238,12 @@ async fn freeze_and_deepen(sandbox: &str, targets: &[Handle], wish: Wish) -> Res
 ///
 /// # Errors
 /// When one has been woken meanwhile; [`RuntimeError::Busy`] when it has woken by itself.
-fn all_sleep(sandbox: &str, targets: &[Handle]) -> Result<(), TaskError> {
+async fn all_sleep(sandbox: &str, targets: &[Handle]) -> Result<(), TaskError> {
     let woken: Vec<&Handle> = targets.iter().filter(|handle| !handle.snapshot().state.sleeps()).collect();
+    // Only when it is awake does it tell what for. Why it cannot be is of no interest here.
+    for handle in &woken {
+        let _ = handle.demand(WakeCause::Sandbox).await;
+    }
     let cause = |handle: &&Handle| handle.snapshot().last_wake.and_then(|woke| woke.cause);
     let by_itself = |cause: WakeCause| matches!(cause, WakeCause::Traffic | WakeCause::Timer);
     let Some(first) = woken.first() else { return Ok(()) };
@@ -308,22 +312,41 @@ async fn wake_or_join(handle: Handle) -> Result<Option<Transition>, TaskError> {
     }
 }
 
-/// Whether a container that was in one state is now on its way out of a sleep.
-fn has_been_woken(before: State, now: State) -> bool {
-    let wakes = matches!(now, State::Running | State::Restoring { .. } | State::Dumping { woken: true, .. });
-    // A dump that begins, fails or is woken once more is told by the first of its changes.
-    before.sleeps() && wakes && !matches!((before, now), (State::Dumping { woken: true, .. }, _))
+/// What a companion has seen of its container.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    state: State,
+    wakes: u64,
+}
+
+impl Seen {
+    fn of(snapshot: &Snapshot) -> Self {
+        Self { state: snapshot.state, wakes: snapshot.wakes }
+    }
+}
+
+/// Whether a container is now on its way out of a sleep, and was not before.
+fn has_been_woken(before: Seen, now: Seen) -> bool {
+    match (before.state, now.state) {
+        // Told when that began.
+        (State::Restoring { .. } | State::Dumping { woken: true, .. }, _) => false,
+        (State::Checkpointed, State::Running | State::Restoring { .. })
+        | (State::Dumping { .. }, State::Running | State::Restoring { .. }) => true,
+        (from, State::Dumping { woken: true, .. }) => from.sleeps(),
+        // One that could not be frozen, because it is at work, has not slept.
+        _ => now.wakes > before.wakes,
+    }
 }
 
 /// Wakes the others of a container's sandbox whenever it is woken, until it is deleted.
 pub async fn keep_company(containers: Containers, handle: Handle) {
     let sandbox = handle.identity().sandbox_id.clone();
     let mut changes = handle.changes();
-    let mut before = changes.borrow_and_update().state;
+    let mut before = Seen::of(&changes.borrow_and_update());
     while changes.changed().await.is_ok() {
-        let now = changes.borrow_and_update().state;
+        let now = Seen::of(&changes.borrow_and_update());
         if has_been_woken(before, now) {
-            let Ok(members) = members(&containers, &sandbox) else { continue };
+            let members = members(&containers, &sandbox).unwrap_or_default();
             let asleep = members
                 .into_iter()
                 .filter(|other| other.snapshot().state.sleeps() && !other.same_as(&handle));
@@ -366,34 +389,45 @@ mod tests {
         let dumping = |woken| State::Dumping { asleep: false, woken, killed: false, exited: false };
         let deepening = |woken| State::Dumping { asleep: true, woken, killed: false, exited: false };
         let restoring = State::Restoring { killed: false };
-        for (before, now) in [
-            (asleep, State::Running),
+        let woken = |(before, now): (State, State), more: u64| {
+            has_been_woken(Seen { state: before, wakes: 1 }, Seen { state: now, wakes: 1 + more })
+        };
+        for change in [
             (State::Checkpointed, restoring),
             (State::Checkpointed, State::Running),
             (dumping(false), dumping(true)),
             (dumping(false), State::Running),
             (deepening(false), deepening(true)),
+            (asleep, deepening(true)),
+        ] {
+            assert!(woken(change, 0), "{change:?}");
+        }
+        // What is thawed is awake when it says so: one that was at work, and could not be frozen, does not.
+        for change in [
+            (asleep, State::Running),
             (State::Reclaiming, State::Running),
             (State::Reclaimed, State::Running),
-        ] {
-            assert!(has_been_woken(before, now), "{before:?} {now:?}");
-        }
-        for (before, now) in [
             (State::Running, State::Running),
+        ] {
+            assert!(woken(change, 1), "{change:?}");
+            assert!(!woken(change, 0), "{change:?}");
+        }
+        for change in [
             (asleep, dumping(false)),
             (deepening(false), asleep),
             (asleep, State::Reclaiming),
             (State::Reclaiming, State::Reclaimed),
             (State::Reclaimed, deepening(false)),
             (State::Reclaimed, frozen(FrozenBy::Client)),
-            (dumping(true), State::Running),
             (dumping(false), State::Checkpointed),
-            (restoring, State::Running),
             (frozen(FrozenBy::Client), State::Running),
             (State::Checkpointed, State::Stopped),
             (State::Created, State::Running),
         ] {
-            assert!(!has_been_woken(before, now), "{before:?} {now:?}");
+            assert!(!woken(change, 0), "{change:?}");
+        }
+        for told in [(dumping(true), State::Running), (restoring, State::Running)] {
+            assert!(!woken(told, 1), "{told:?}");
         }
     }
 }

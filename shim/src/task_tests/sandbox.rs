@@ -274,6 +274,8 @@ async fn what_one_of_them_does_by_itself_meanwhile_is_waited_for() {
     let pod = Pod::running(None, &["a", "b"]).await;
     pod.fakes["a"].fail_next("watch", RuntimeError::Busy("it is at work".to_owned()));
     pod.sleep().await.unwrap();
+    assert_eq!(pod.calls("a"), ["freeze", "thaw", "freeze", "dump"]);
+    assert_eq!(pod.calls("b"), ["freeze", "dump"], "it has not been woken by one that never slept");
     pod.handle("a").demand(WakeCause::Traffic).await.unwrap();
     settle().await;
     // One whose timer is due while the other is being frozen.
@@ -283,4 +285,20 @@ async fn what_one_of_them_does_by_itself_meanwhile_is_waited_for() {
     pod.fakes["b"].release();
     assert_eq!(sleeping.await.unwrap().unwrap(), ["a", "b"]);
     assert_eq!((pod.state("a"), pod.state("b")), (State::Checkpointed, State::Checkpointed));
+}
+
+#[tokio::test]
+async fn one_that_is_at_work_after_a_failed_dump_is_awake_and_wakes_the_others() {
+    let pod = Pod::running(None, &["a", "b"]).await;
+    pod.sleep_at(WireDepth::DEPTH_FROZEN, false).await.unwrap();
+    let fake = &pod.fakes["b"];
+    fake.fail_next("dump", RuntimeError::FailedPrecondition("io_uring".to_owned()));
+    fake.fail_next("watch", RuntimeError::Busy("it is at work".to_owned()));
+    pod.handle("b").sleep(crate::lifecycle::Depth::Checkpointed).await.unwrap_err();
+    settle().await;
+    assert_eq!((pod.state("a"), pod.state("b")), (State::Running, State::Running));
+    for id in ["a", "b"] {
+        let now = pod.handle(id).snapshot();
+        assert_eq!((now.sleeps, now.wakes), (1, 1), "{id}");
+    }
 }

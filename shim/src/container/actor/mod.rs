@@ -306,7 +306,11 @@ impl Actor {
                 let image_bytes = self.snapshot.borrow().image.as_ref().map_or(0, |(_, bytes)| *bytes);
                 self.waking = Some(self.waking_from(Depth::Checkpointed, image_bytes));
             }
-            State::Frozen { .. } => self.waking = None,
+            // After a dump that failed. If it cannot be frozen again it is awake.
+            State::Frozen { .. } if matches!(before, State::Dumping { .. }) => {
+                self.waking = depth.map(|depth| self.waking_from(depth, 0));
+            }
+            State::Frozen { .. } | State::Dumping { .. } => self.waking = None,
             State::Running if event != Event::FreezeFailed => {
                 self.waking = depth.map(|depth| self.waking_from(depth, 0)).or(self.waking.take());
             }
