@@ -335,6 +335,8 @@ fn checkpoint(node: &Node, agent: &Agent) -> (String, u64) {
     let listing = node.sh(&format!("ctr content get {digest} | tar -tv")).unwrap();
     let size =
         |line: &str| line.split_whitespace().nth(2).and_then(|size| size.parse::<u64>().ok()).unwrap_or(0);
+    // ctr names it by the second: another might come in the same one.
+    agent.ctr(&["images", "rm", name]).unwrap().check().unwrap();
     (listing.clone(), listing.lines().map(size).sum())
 }
 
