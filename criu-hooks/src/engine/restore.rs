@@ -371,12 +371,12 @@ impl Engine {
             created: &mut attempt.created,
             resumed: &mut attempt.resumed,
             console: None,
-            check,
+            check: Some(check),
             refusal: None,
         };
         let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
-        let console = notify.console;
-        if let Some(refusal) = notify.refusal {
+        let Notify { console, refusal, check, .. } = notify;
+        if let Some(refusal) = refusal {
             return Err(RestoreError::Image(refusal));
         }
         let answered = match outcome {
@@ -393,7 +393,13 @@ impl Engine {
                 tracing::warn!(%error, "CRIU failed after it had restored the container");
                 pid
             }
-            (Err(error), None) => return Err(failed(error)),
+            (Err(error), None) => {
+                // Pages that were altered may upset CRIU before the check comes to them.
+                if let Some(mut check) = check {
+                    check.outcome().await.map_err(RestoreError::Image)?;
+                }
+                return Err(failed(error));
+            }
             (Ok(None), _) => {
                 return Err(failed(criu::Error::Protocol("a restore without a process".to_owned())));
             }
@@ -662,7 +668,8 @@ struct Notify<'a> {
     created: &'a mut Option<Pid>,
     resumed: &'a mut bool,
     console: Option<OwnedFd>,
-    check: PageCheck,
+    /// Until it has been heard.
+    check: Option<PageCheck>,
     /// What the check has found.
     refusal: Option<image::Error>,
 }
@@ -681,12 +688,14 @@ impl NotifyHooks for Notify<'_> {
             }
             // The last moment at which CRIU heeds a refusal.
             Event::PostRestore { pid: Some(pid) } => {
-                match self.check.outcome().await {
-                    Ok(bytes) => tracing::debug!(bytes, "pages are as they were dumped"),
-                    Err(error) => {
-                        let words = error.to_string();
-                        self.refusal = Some(error);
-                        return Err(words.into());
+                if let Some(mut check) = self.check.take() {
+                    match check.outcome().await {
+                        Ok(bytes) => tracing::debug!(bytes, "pages are as they were dumped"),
+                        Err(error) => {
+                            let words = error.to_string();
+                            self.refusal = Some(error);
+                            return Err(words.into());
+                        }
                     }
                 }
                 self.hooks.before_resume(pid).await
