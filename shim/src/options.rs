@@ -21,7 +21,10 @@ use criu_hooks::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::daemon::PAGER;
+use crate::{
+    daemon::PAGER,
+    traffic::{Prefix, Sources},
+};
 
 /// Where the options are kept in the bundle, for the action `delete`, which gets none.
 const FILE: &str = "agentcube-options.json";
@@ -98,6 +101,20 @@ pub enum Connections {
 /// The annotation of a pod or container that overrides [`Options::connections`].
 const CONNECTIONS: &str = "agentcube.volcano.sh/connections";
 
+/// What becomes of the kubelet's probes of a checkpointed agent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Probes {
+    /// They wake it, as whatever comes.
+    #[default]
+    Wake,
+    /// TCP and HTTP probes are answered for it.
+    Answer,
+}
+
+/// The annotation of a pod or container that overrides [`Options::probes`].
+const PROBES: &str = "agentcube.volcano.sh/probes";
+
 /// The options.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -144,6 +161,10 @@ pub struct Options {
     pub connections: Connections,
     /// With [`Connections::Auto`]: for how many seconds no byte may have come or gone before a connection is closed.
     pub connection_idle_seconds: u32,
+    /// What becomes of the kubelet's probes of a checkpointed agent.
+    pub probes: Probes,
+    /// With [`Probes::Answer`]: the addresses that probes come from; when empty, the default gateways of the pod.
+    pub probe_sources: Vec<Prefix>,
 }
 
 impl Default for Options {
@@ -169,6 +190,8 @@ impl Default for Options {
             log_level: LogLevel::default(),
             connections: Connections::default(),
             connection_idle_seconds: 60,
+            probes: Probes::default(),
+            probe_sources: Vec::new(),
         }
     }
 }
@@ -339,16 +362,25 @@ impl Options {
     /// # Errors
     /// [`OptionsError::Toml`] when one has a value that it cannot have.
     pub fn annotated(mut self, annotations: Option<&HashMap<String, String>>) -> Result<Self, OptionsError> {
-        if let Some(value) = annotations.and_then(|annotations| annotations.get(CONNECTIONS)) {
+        let value = |name| annotations.and_then(|annotations| annotations.get(name));
+        let wrong = |name, value: &String, right| {
+            let (origin, reason) =
+                (format!("the annotation {name}"), format!("{value:?} is none of {right}"));
+            Err(OptionsError::Toml { origin, reason })
+        };
+        if let Some(value) = value(CONNECTIONS) {
             self.connections = match value.as_str() {
                 "auto" => Connections::Auto,
                 "keep" => Connections::Keep,
                 "close" => Connections::Close,
-                _ => {
-                    let origin = format!("the annotation {CONNECTIONS}");
-                    let reason = format!("{value:?} is none of auto, keep, close");
-                    return Err(OptionsError::Toml { origin, reason });
-                }
+                _ => return wrong(CONNECTIONS, value, "auto, keep, close"),
+            };
+        }
+        if let Some(value) = value(PROBES) {
+            self.probes = match value.as_str() {
+                "wake" => Probes::Wake,
+                "answer" => Probes::Answer,
+                _ => return wrong(PROBES, value, "wake, answer"),
             };
         }
         Ok(self)
@@ -362,6 +394,15 @@ impl Options {
             }
             Connections::Keep => Policy::Keep,
             Connections::Close => Policy::Close,
+        }
+    }
+
+    /// Where probes come from that are answered for a checkpointed agent; nothing when they wake it.
+    pub fn answered_probes(&self) -> Option<Sources> {
+        match (self.probes, self.probe_sources.as_slice()) {
+            (Probes::Wake, _) => None,
+            (Probes::Answer, []) => Some(Sources::Gateways),
+            (Probes::Answer, listed) => Some(Sources::Listed(listed.to_vec())),
         }
     }
 
@@ -541,6 +582,31 @@ mod tests {
         let options =
             Options::from_toml("connections = \"auto\"\nconnection_idle_seconds = 5", "here").unwrap();
         assert_eq!(options.connection_policy(), Policy::Auto { idle: Duration::from_secs(5) });
+    }
+
+    #[test]
+    fn probes_are_answered_where_the_options_or_an_annotation_say_so() {
+        let annotated = |options: Options, value: &str| {
+            options.annotated(Some(&HashMap::from([(PROBES.to_owned(), value.to_owned())])))
+        };
+        assert_eq!(Options::default().answered_probes(), None);
+        assert_eq!(
+            annotated(Options::default(), "answer").unwrap().answered_probes(),
+            Some(Sources::Gateways)
+        );
+        let options =
+            Options::from_toml("probes = \"answer\"\nprobe_sources = [\"10.0.0.7\", \"fd00::/64\"]", "x");
+        let options = options.unwrap();
+        let listed = ["10.0.0.7", "fd00::/64"].map(|text| text.parse().unwrap()).to_vec();
+        assert_eq!(options.answered_probes(), Some(Sources::Listed(listed)));
+        assert_eq!(annotated(options.clone(), "wake").unwrap().answered_probes(), None);
+        let bundle = tempfile::tempdir().unwrap();
+        options.save(bundle.path()).unwrap();
+        assert_eq!(Options::load(bundle.path()).unwrap(), options);
+        let error = annotated(options, "ignore").unwrap_err().to_string();
+        assert!(error.contains("agentcube.volcano.sh/probes"), "{error}");
+        let error = Options::from_toml("probe_sources = [\"node\"]", "x").unwrap_err().to_string();
+        assert!(error.contains("node"), "{error}");
     }
 
     #[test]

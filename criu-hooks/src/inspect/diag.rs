@@ -71,9 +71,18 @@ pub struct Unix {
 /// # Errors
 /// When the kernel does not answer.
 pub(super) fn tcp() -> io::Result<Vec<Tcp>> {
+    tcp_at(0)
+}
+
+/// The TCP sockets of the calling thread's network namespace with this port of their own, or with any port for 0. A
+/// listener is told before the connections that wait for it: none is in its queue and left out.
+///
+/// # Errors
+/// When the kernel does not answer.
+pub(super) fn tcp_at(port: u16) -> io::Result<Vec<Tcp>> {
     let mut found = Vec::new();
     for family in [AF_INET, AF_INET6] {
-        each(&inet_request(family, IPPROTO_TCP), |message| found.extend(parse_tcp(message)))?;
+        each(&inet_request(family, IPPROTO_TCP, port), |message| found.extend(parse_tcp(message)))?;
     }
     Ok(found)
 }
@@ -85,7 +94,7 @@ pub(super) fn tcp() -> io::Result<Vec<Tcp>> {
 pub(super) fn udp() -> io::Result<Vec<u64>> {
     let mut found = Vec::new();
     for family in [AF_INET, AF_INET6] {
-        each(&inet_request(family, IPPROTO_UDP), |message| {
+        each(&inet_request(family, IPPROTO_UDP, 0), |message| {
             found.extend(parse_tcp(message).map(|socket| socket.inode));
         })?;
     }
@@ -108,16 +117,20 @@ pub(super) fn unix() -> io::Result<Vec<Unix>> {
     Ok(found)
 }
 
-/// `struct inet_diag_req_v2`: all sockets but those that only wait for stray packets.
-fn inet_request(family: u8, protocol: u8) -> Vec<u8> {
+/// `struct inet_diag_req_v2`: all sockets but those that only wait for stray packets; those with this port alone, unless
+/// it is 0.
+fn inet_request(family: u8, protocol: u8, port: u16) -> Vec<u8> {
     const TIME_WAIT: u32 = 6;
     const NEW_SYN_RECV: u32 = 12;
-    /// The struct has addresses, ports, a device and a cookie, which a request for all leaves empty.
+    /// The struct begins with the socket's own port. A request for all leaves the rest empty: the other port, addresses, a
+    /// device and a cookie.
     const IDENTITY: usize = 48;
     let states: u32 = !(1 << TIME_WAIT | 1 << NEW_SYN_RECV);
     let mut request = vec![family, protocol, 1 << (INET_DIAG_INFO - 1), 0];
     request.extend(states.to_ne_bytes());
-    request.resize(request.len() + IDENTITY, 0);
+    let identity = request.len();
+    request.extend(port.to_be_bytes());
+    request.resize(identity + IDENTITY, 0);
     request
 }
 

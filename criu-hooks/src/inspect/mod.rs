@@ -8,6 +8,7 @@ mod connections;
 mod diag;
 mod files;
 mod namespaces;
+mod queue;
 mod sockets;
 
 use std::{
@@ -22,6 +23,7 @@ use rustix::process::Pid;
 pub use self::{
     blocker::Blocker,
     connections::{Busy, Policy},
+    queue::{Queue, Waiting},
 };
 use self::{
     namespaces::Namespaces,

@@ -202,7 +202,7 @@ impl RuncContainer {
         // Nothing may be thawed again after this: the streams are as they are from here on.
         container.freeze(FREEZE).await.map_err(precondition)?;
         let pids = self.cgroup.procs().map_err(failed)?;
-        let listeners = Listeners::duplicate(&pids).map_err(precondition)?;
+        let listeners = Listeners::duplicate(&pids, self.options.answered_probes()).map_err(precondition)?;
         let objections = Objections { veto, listeners };
         if objections.raised().is_some() {
             return Err(RuntimeError::Vetoed);

@@ -71,6 +71,8 @@ impl Held {
         net::sockopt::set_socket_reuseport(&self.socket, true)?;
         if self.kind == Kind::Stream {
             net::listen(&self.socket, BACKLOG)?;
+            // To accept from it never blocks. The agent gets a new socket, with flags of its own.
+            rustix::io::ioctl_fionbio(&self.socket, true)?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use criu_hooks::{
@@ -26,6 +26,7 @@ use tracing::{debug, warn};
 use super::{
     TrafficError, datagrams,
     held::{Held, Kind, Place, introduce},
+    probes::{Answering, Sources},
 };
 
 /// Whether the kernel moves the connections that wait for a listener to another of its group when it is closed. Holds
@@ -39,15 +40,28 @@ pub struct Listeners {
     readable: AsyncFd<OwnedFd>,
     held: Mutex<Vec<Held>>,
     /// The network namespace of the agent.
-    namespace: Option<OwnedFd>,
+    namespace: Option<Arc<OwnedFd>>,
+    /// Answers probes, which else wake the agent.
+    answering: Option<Answering>,
+}
+
+/// What is at the sockets.
+enum Look {
+    /// Nobody, or nobody any more.
+    Quiet,
+    /// Somebody who needs the agent, at this address.
+    Demand(String),
+    /// Clients that were taken care of; there may be more.
+    Taken,
 }
 
 impl Listeners {
     /// Duplicates the listening sockets of the processes `pids`, which stand still. Changes nothing about the sockets.
+    /// Probes from `probes` will be answered for the sleeping agent; without it they wake it.
     ///
     /// # Errors
     /// See [`TrafficError`]; nothing is held then.
-    pub fn duplicate(pids: &[Pid]) -> Result<Self, TrafficError> {
+    pub fn duplicate(pids: &[Pid], probes: Option<Sources>) -> Result<Self, TrafficError> {
         let mut held: HashMap<u64, Held> = HashMap::new();
         for &pid in pids {
             let look = |source| TrafficError::Process { pid, source };
@@ -80,16 +94,20 @@ impl Listeners {
             if held.iter().any(|held| held.kind == Kind::Stream) {
                 migrate_requests(opened.as_fd()).map_err(TrafficError::Migration)?;
             }
-            namespace = Some(opened.into());
+            namespace = Some(Arc::new(opened.into()));
         }
-        Self::watch(held, namespace)
+        Self::watch(held, namespace, probes.map(Answering::new))
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn watch(held: Vec<Held>, namespace: Option<OwnedFd>) -> Result<Self, TrafficError> {
+    fn watch(
+        held: Vec<Held>,
+        namespace: Option<Arc<OwnedFd>>,
+        answering: Option<Answering>,
+    ) -> Result<Self, TrafficError> {
         let watch = |error: rustix::io::Errno| TrafficError::Watch(error.into());
         let all = epoll::create(CreateFlags::CLOEXEC).map_err(watch)?;
         for (index, one) in (0..).zip(&held) {
@@ -98,32 +116,57 @@ impl Listeners {
             })?;
         }
         let readable = readiness::watch(all, Interest::READABLE).map_err(TrafficError::Watch)?;
-        Ok(Self { readable, held: Mutex::new(held), namespace })
+        Ok(Self { readable, held: Mutex::new(held), namespace, answering })
     }
 
-    /// Where somebody waits for the agent at this moment, if anybody does.
+    /// Where somebody waits for the agent at this moment, if anybody does. Probes wait like everybody else.
     pub fn demand(&self) -> Option<String> {
         let held = self.lock();
-        let mut events = Vec::with_capacity(held.len().max(1));
-        let (all, at_once) = (self.readable.get_ref(), Timespec::default());
-        epoll::wait(all, rustix::buffer::spare_capacity(&mut events), Some(&at_once)).ok()?;
-        let first = events.iter().find(|event| {
-            let flags = event.flags;
-            flags.contains(EventFlags::IN)
-        })?;
-        held.get(usize::try_from(first.data.u64()).ok()?).map(|held| held.address.clone())
+        self.ready(&held).first().map(|first| first.address.clone())
     }
 
-    /// Completes when somebody waits for the agent; tells where.
+    /// Those of `held` at which somebody waits, or some of them.
+    fn ready<'held>(&self, held: &'held [Held]) -> Vec<&'held Held> {
+        let mut events = Vec::with_capacity(held.len().max(1));
+        let (all, at_once) = (self.readable.get_ref(), Timespec::default());
+        if epoll::wait(all, rustix::buffer::spare_capacity(&mut events), Some(&at_once)).is_err() {
+            return Vec::new();
+        }
+        let ready = events.iter().filter(|event| {
+            let flags = event.flags;
+            flags.contains(EventFlags::IN)
+        });
+        ready.filter_map(|event| held.get(usize::try_from(event.data.u64()).ok()?)).collect()
+    }
+
+    /// Looks at the sockets, and takes care of probes. Only while the agent's processes are gone: they would accept, too.
+    fn attend(&self) -> Look {
+        let held = self.lock();
+        let ready = self.ready(&held);
+        let needed = |one: &&&Held| match (&self.answering, &self.namespace) {
+            (Some(answering), Some(namespace)) if one.kind == Kind::Stream => {
+                !answering.take(&one.socket, one.inode, namespace)
+            }
+            _ => true,
+        };
+        match ready.iter().find(needed) {
+            Some(needed) => Look::Demand(needed.address.clone()),
+            None if ready.is_empty() => Look::Quiet,
+            None => Look::Taken,
+        }
+    }
+
+    /// Completes when somebody needs the agent, whose processes are gone; tells where.
     pub async fn waiting(&self) -> String {
         loop {
             let Ok(mut readable) = self.readable.readable().await else {
                 return std::future::pending().await;
             };
-            if let Some(address) = self.demand() {
-                return address;
+            match self.attend() {
+                Look::Demand(address) => return address,
+                Look::Quiet => readable.clear_ready(),
+                Look::Taken => {}
             }
-            readable.clear_ready();
         }
     }
 

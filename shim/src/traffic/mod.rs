@@ -5,16 +5,22 @@
 //! restore the duplicates are closed, and the kernel moves the waiting connections to the agent's new listeners. UDP
 //! sockets are held like that too, and what they have received is sent on. A listener with an abstract unix address goes
 //! back to the agent as it is.
+//!
+//! By option, probes of the kubelet are answered for the agent and do not wake it.
 
 mod datagrams;
 mod held;
 mod listeners;
+mod probes;
 
 use std::io;
 
 use rustix::process::Pid;
 
-pub use self::listeners::Listeners;
+pub use self::{
+    listeners::Listeners,
+    probes::{NoPrefix, Prefix, Sources},
+};
 
 /// Why an agent's sockets cannot be held while it sleeps.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,99 @@
+//! Probes of a checkpointed agent, answered without waking it.
+//!
+//! The kubelet connects from an address of the node. When everybody who waits at a listener comes from there, the shim
+//! accepts them and listens: a probe is answered; whoever wants something else is connected to the agent by the shim,
+//! which passes on what was said already. When anybody else waits, nobody is accepted: the agent wakes, and the kernel
+//! gives it all of them.
+
+mod attend;
+mod sources;
+mod verdict;
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
+
+use criu_hooks::{
+    inspect::{Queue, Waiting},
+    netns,
+};
+use rustix::{
+    io::Errno,
+    net::{self, SocketFlags},
+};
+use tokio::{net::TcpStream, sync::Semaphore};
+use tracing::warn;
+
+use self::sources::may_probe;
+pub use self::sources::{NoPrefix, Prefix, Sources};
+
+/// How many clients are listened to at the same time. More are no probes.
+const AT_ONCE: usize = 64;
+
+/// Answers probes.
+#[derive(Debug)]
+pub(super) struct Answering {
+    sources: Sources,
+    room: Arc<Semaphore>,
+}
+
+impl Answering {
+    pub(super) fn new(sources: Sources) -> Self {
+        Self { sources, room: Arc::new(Semaphore::new(AT_ONCE)) }
+    }
+
+    /// Accepts those who wait at `listener` if all of them may be probes, and attends to them. Otherwise, or when that
+    /// cannot be told, nobody is accepted, and the answer is no: the agent is needed.
+    ///
+    /// To be called on a runtime, for a listener that nobody else accepts from.
+    pub(super) fn take(&self, listener: &OwnedFd, inode: u64, namespace: &Arc<OwnedFd>) -> bool {
+        self.try_take(listener, inode, namespace).unwrap_or_else(|error| {
+            warn!(%error, "cannot tell who waits for the agent: it wakes");
+            false
+        })
+    }
+
+    fn try_take(&self, listener: &OwnedFd, inode: u64, namespace: &Arc<OwnedFd>) -> io::Result<bool> {
+        let address = SocketAddr::try_from(net::getsockname(listener)?)?;
+        let (queue, sources) = netns::within(namespace.as_fd(), || {
+            Ok((Queue::of(inode, address.port())?, self.sources.addresses()?))
+        })?;
+        let Some(count) = probing(&queue, &sources) else { return Ok(false) };
+        let Ok(mut room) = self.room.clone().try_acquire_many_owned(count) else { return Ok(false) };
+        // The queue is first in, first out, so these are those that have been looked at.
+        while let Some(permit) = room.split(1) {
+            let accepted = net::acceptfrom_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
+            let (client, peer) = match accepted {
+                Ok((client, peer)) => (client, peer.ok_or(io::ErrorKind::NotConnected)?.try_into()?),
+                Err(Errno::AGAIN) => break,
+                Err(Errno::CONNABORTED | Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let local = SocketAddr::try_from(net::getsockname(&client)?)?;
+            let client = TcpStream::from_std(client.into())?;
+            let namespace = namespace.clone();
+            let probes = may_probe(&sources, Waiting::new(local, peer));
+            tokio::spawn(async move {
+                if probes {
+                    attend::attend(client, peer, namespace).await;
+                } else {
+                    // It has reset its connection between the two looks. What it said before is the agent's.
+                    attend::pass_on(client, peer, &[], namespace).await;
+                }
+                drop(permit);
+            });
+        }
+        Ok(true)
+    }
+}
+
+/// How many to accept; nothing when the agent is needed.
+fn probing(queue: &Queue, sources: &[Prefix]) -> Option<u32> {
+    // One that cannot be seen any more has reset its connection. It may have been anybody.
+    let all_seen = queue.length <= queue.waiting.len();
+    let all_probes = queue.waiting.iter().all(|client| may_probe(sources, *client));
+    (queue.length > 0 && all_seen && all_probes).then(|| u32::try_from(queue.length).ok()).flatten()
+}

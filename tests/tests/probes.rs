@@ -1,0 +1,288 @@
+//! Probes of a sleeping agent are answered without waking it, and whatever is no probe reaches the agent whole.
+
+#![allow(clippy::unwrap_used)]
+
+mod cycle;
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agentcube_tests::images::Image;
+use agentcube_tests::node::{Agent, AgentSpec, Net, Node};
+use cycle::{SOON, agent, agentcube, assert_asleep, inspect, sleep, start, wakes};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+const PORT: u16 = 8400;
+/// The node on the pod's network, where its kubelet connects from.
+const GATEWAY: &str = "10.77.0.1";
+const GATEWAY6: &str = "fd77::1";
+/// Another machine on the pod's network.
+const ELSEWHERE: &str = "10.77.0.9";
+const POD: &str = "10.77.0.2";
+const POD6: &str = "fd77::2";
+
+/// Adds the option.
+fn answering(spec: AgentSpec) -> AgentSpec {
+    spec.annotation("agentcube.volcano.sh/probes", "answer")
+}
+
+fn python(id: &str) -> AgentSpec {
+    answering(agent(Image::Python, id).net(Net::Pod).port(PORT))
+}
+
+/// Runs an agent on a network that the node is the gateway of.
+fn run<'node>(node: &'node Node, spec: &AgentSpec) -> Agent<'node> {
+    let agent = node.run_agent(spec).unwrap();
+    let id = agent.id();
+    node.sh(&format!(
+        "ip link add pod0 type veth peer name eth0 netns {id}
+         sysctl -qw net.ipv6.conf.pod0.accept_dad=0
+         ip addr add {GATEWAY}/24 dev pod0; ip addr add {ELSEWHERE}/24 dev pod0
+         ip addr add {GATEWAY6}/64 dev pod0 nodad; ip link set pod0 up
+         ip -n {id} addr add {POD}/24 dev eth0; ip -n {id} addr add {POD6}/64 dev eth0 nodad
+         ip -n {id} link set eth0 up
+         ip -n {id} route add default via {GATEWAY}; ip -n {id} route add default via {GATEWAY6}"
+    ))
+    .unwrap();
+    node.wait_until("the server to listen", SOON, || Ok(node.inside(|| dial(GATEWAY, POD)).unwrap().is_ok()))
+        .unwrap();
+    agent
+}
+
+/// Connects from an address of this thread's machine.
+fn dial(from: &str, to: &str) -> rustix::io::Result<TcpStream> {
+    let (from, to): (IpAddr, IpAddr) = (from.parse().unwrap(), to.parse().unwrap());
+    let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    rustix::net::bind(&socket, &SocketAddr::new(from, 0))?;
+    rustix::net::connect(&socket, &SocketAddr::new(to, PORT))?;
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.set_nodelay(true).unwrap();
+    Ok(stream)
+}
+
+/// An HTTP probe as a kubelet makes it; gives back the body of its answer.
+fn probe(from: &str, to: &str) -> String {
+    let mut stream = dial(from, to).unwrap();
+    let host = SocketAddr::new(to.parse().unwrap(), PORT);
+    let request = format!(
+        "GET /health HTTP/1.1\r\nHost: {host}\r\nUser-Agent: kube-probe/1.33\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer:?}");
+    answer.split_once("\r\n\r\n").unwrap().1.to_owned()
+}
+
+/// A message to the agent.
+fn message(body: &str) -> Vec<u8> {
+    let length = body.len();
+    format!("POST /chat HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
+}
+
+fn assert_answered(mut stream: TcpStream, body: &str) {
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{:?}", answer.get(..200));
+    assert!(answer.contains(body), "{} bytes without the message", answer.len());
+}
+
+/// One message over a connection of its own.
+fn ask(from: &str, to: &str, body: &str) {
+    let mut stream = dial(from, to).unwrap();
+    stream.write_all(&message(body)).unwrap();
+    assert_answered(stream, body);
+}
+
+/// How many descriptors an agent's shim has open.
+fn descriptors(node: &Node, agent: &Agent) -> usize {
+    let shim = inspect(node, agent)["shim_pid"].as_u64().unwrap();
+    let folder = format!("/proc/{}/root/proc/{shim}/fd", node.entrance().init);
+    fs::read_dir(folder).unwrap().count()
+}
+
+/// Sees to it that `work` wakes the agent, once.
+fn wakes_it(node: &Node, agent: &Agent, work: impl FnOnce() + Send) {
+    let before = wakes(node, agent);
+    assert_asleep(node, agent);
+    node.inside(work).unwrap();
+    assert_eq!(wakes(node, agent), before + 1);
+    assert_eq!(inspect(node, agent)["last_wake"]["cause"], "traffic");
+}
+
+#[test]
+fn a_hundred_probes_do_not_wake_an_agent_and_the_first_client_does() {
+    let node = start();
+    for (from, to, bind) in [(GATEWAY, POD, "0.0.0.0"), (GATEWAY6, POD6, "::")] {
+        let agent = run(&node, &python("probed").env("BIND", bind));
+        assert_eq!(node.inside(|| probe(from, to)).unwrap(), "ok");
+        for turn in 1..=2 {
+            sleep(&node, &agent);
+            let before = descriptors(&node, &agent);
+            let mut took: Vec<Duration> = node
+                .inside(|| {
+                    let ask = |_| {
+                        let begun = Instant::now();
+                        assert_eq!(probe(from, to), "asleep\n");
+                        // A TCP probe.
+                        drop(dial(from, to).unwrap());
+                        begun.elapsed()
+                    };
+                    (0..100).map(ask).collect()
+                })
+                .unwrap();
+            took.sort_unstable();
+            println!("answered: median {:?}, most {:?}", took[50], took[99]);
+            assert_eq!(wakes(&node, &agent), turn - 1);
+            assert_asleep(&node, &agent);
+            let given_back = || Ok(descriptors(&node, &agent) <= before);
+            node.wait_until("the shim to give its descriptors back", SOON, given_back).unwrap();
+            let elsewhere = if to == POD { ELSEWHERE } else { from };
+            wakes_it(&node, &agent, || ask(elsewhere, to, "good morning"));
+            assert_eq!(agent.turn().unwrap(), turn);
+        }
+        agent.delete().unwrap();
+        node.sh("ip link del pod0").unwrap();
+    }
+}
+
+#[test]
+fn without_the_option_a_probe_wakes_an_agent() {
+    let node = start();
+    let agent = run(&node, &agent(Image::Python, "a").net(Net::Pod).port(PORT));
+    sleep(&node, &agent);
+    wakes_it(&node, &agent, || assert_eq!(probe(GATEWAY, POD), "ok"));
+}
+
+#[test]
+fn a_probe_from_another_address_or_from_within_the_pod_wakes_an_agent_and_is_answered_by_it() {
+    let node = start();
+    let agent = run(&node, &python("a"));
+    sleep(&node, &agent);
+    wakes_it(&node, &agent, || assert_eq!(probe(ELSEWHERE, POD), "ok"));
+    sleep(&node, &agent);
+    assert_eq!(agent.inside(|| probe("127.0.0.1", "127.0.0.1")).unwrap(), "ok");
+    assert_eq!(wakes(&node, &agent), 2);
+}
+
+#[test]
+fn what_is_no_probe_reaches_the_agent_whole_from_the_address_of_probes_too() {
+    let node = start();
+    let agent = run(&node, &python("a"));
+    let before = descriptors(&node, &agent);
+    let large: String = (0..1 << 20).map(|number: u32| char::from(b'a' + (number % 23) as u8)).collect();
+
+    sleep(&node, &agent);
+    wakes_it(&node, &agent, || ask(GATEWAY, POD, &large));
+
+    sleep(&node, &agent);
+    wakes_it(&node, &agent, || {
+        let mut stream = dial(GATEWAY, POD).unwrap();
+        for piece in message("in pieces").chunks(7) {
+            stream.write_all(piece).unwrap();
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert_answered(stream, "in pieces");
+    });
+
+    // Looks like a probe at first, and then hesitates.
+    sleep(&node, &agent);
+    wakes_it(&node, &agent, || {
+        let mut stream = dial(GATEWAY, POD).unwrap();
+        for piece in ["GET /he", "alth HTTP/1.1\r\nUser-Agent: cu", "rl\r\nConnection: close\r\n\r\n"] {
+            stream.write_all(piece.as_bytes()).unwrap();
+            thread::sleep(Duration::from_millis(400));
+        }
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.ends_with("\r\n\r\nok"), "{answer:?}");
+    });
+
+    // Says all it has to say before it reads.
+    sleep(&node, &agent);
+    wakes_it(&node, &agent, || {
+        let mut stream = dial(GATEWAY, POD).unwrap();
+        stream.write_all(&message("that was all")).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        assert_answered(stream, "that was all");
+    });
+
+    // Several at once, each with a connection of its own.
+    sleep(&node, &agent);
+    let turns = agent_turns(&node, &agent, 16);
+    assert_eq!(turns, 4 + 16);
+    let given_back = || Ok(descriptors(&node, &agent) <= before);
+    node.wait_until("the shim to give its descriptors back", SOON, given_back).unwrap();
+}
+
+/// Has many clients at once send a message each; gives back how many messages the agent has had.
+fn agent_turns(node: &Node, agent: &Agent, clients: usize) -> u64 {
+    wakes_it(node, agent, || {
+        thread::scope(|scope| {
+            for number in 0..clients {
+                scope.spawn(move || ask(GATEWAY, POD, &format!("client {number}")));
+            }
+        });
+    });
+    agent.turn().unwrap() + 1
+}
+
+#[test]
+fn a_server_that_speaks_first_greets_a_client_from_the_address_of_probes() {
+    let node = start();
+    let code = include_str!("../agents/doors.py");
+    let spec = answering(agent(Image::Python, "a").net(Net::Pod).port(PORT));
+    let agent = run(&node, &spec.args(&["python3", "-c", code, "blocking"]));
+    for _ in 0..2 {
+        sleep(&node, &agent);
+        let begun = Instant::now();
+        wakes_it(&node, &agent, || {
+            let mut lines = BufReader::new(dial(GATEWAY, POD).unwrap());
+            let mut line = String::new();
+            lines.read_line(&mut line).unwrap();
+            assert_eq!(line, "220 blocking\n");
+            lines.get_mut().write_all(b"hello\n").unwrap();
+            line.clear();
+            lines.read_line(&mut line).unwrap();
+            assert_eq!(line, "blocking: hello\n");
+        });
+        println!("greeted and answered after {:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn probes_and_clients_in_one_burst_are_all_answered_over_twenty_sleeps() {
+    const CYCLES: u64 = 20;
+    const CLIENTS: u64 = 4;
+    let node = start();
+    let agent = run(&node, &python("a"));
+    for cycle in 0..CYCLES {
+        // One that comes in the very moment of a sleep keeps the agent awake.
+        let slept = || Ok(agentcube(&node, &agent, &["sleep", "--depth", "checkpointed"]).is_ok());
+        node.wait_until("the agent to sleep", SOON, slept).unwrap();
+        let begun = wakes(&node, &agent);
+        node.inside(|| {
+            thread::scope(|scope| {
+                for number in 0..CLIENTS {
+                    scope.spawn(move || ask(ELSEWHERE, POD, &format!("client {cycle}.{number}")));
+                    // These come before the wake, in it and after it.
+                    scope.spawn(move || {
+                        for _ in 0..10 {
+                            let body = probe(GATEWAY, POD);
+                            assert!(body == "ok" || body == "asleep\n", "{body:?}");
+                            drop(dial(GATEWAY, POD).unwrap());
+                        }
+                    });
+                }
+            });
+        })
+        .unwrap();
+        assert_eq!(wakes(&node, &agent), begun + 1);
+        assert_eq!(agent.turn().unwrap(), (cycle + 1) * CLIENTS);
+    }
+}
