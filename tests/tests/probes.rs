@@ -21,6 +21,7 @@ const GATEWAY: &str = "10.77.0.1";
 const GATEWAY6: &str = "fd77::1";
 /// Another machine on the pod's network.
 const ELSEWHERE: &str = "10.77.0.9";
+const ELSEWHERE6: &str = "fd77::9";
 const POD: &str = "10.77.0.2";
 const POD6: &str = "fd77::2";
 
@@ -41,14 +42,15 @@ fn run<'node>(node: &'node Node, spec: &AgentSpec) -> Agent<'node> {
         "ip link add pod0 type veth peer name eth0 netns {id}
          sysctl -qw net.ipv6.conf.pod0.accept_dad=0
          ip addr add {GATEWAY}/24 dev pod0; ip addr add {ELSEWHERE}/24 dev pod0
-         ip addr add {GATEWAY6}/64 dev pod0 nodad; ip link set pod0 up
+         ip addr add {GATEWAY6}/64 dev pod0 nodad; ip addr add {ELSEWHERE6}/64 dev pod0 nodad
+         ip link set pod0 up
          ip -n {id} addr add {POD}/24 dev eth0; ip -n {id} addr add {POD6}/64 dev eth0 nodad
          ip -n {id} link set eth0 up
          ip -n {id} route add default via {GATEWAY}; ip -n {id} route add default via {GATEWAY6}"
     ))
     .unwrap();
-    node.wait_until("the server to listen", SOON, || Ok(node.inside(|| dial(GATEWAY, POD)).unwrap().is_ok()))
-        .unwrap();
+    let listens = || Ok(["listening", "ready"].iter().any(|word| agent.log().unwrap().contains(word)));
+    node.wait_until("the server to listen", SOON, listens).unwrap();
     agent
 }
 
@@ -118,8 +120,10 @@ fn wakes_it(node: &Node, agent: &Agent, work: impl FnOnce() + Send) {
 #[test]
 fn a_hundred_probes_do_not_wake_an_agent_and_the_first_client_does() {
     let node = start();
-    for (from, to, bind) in [(GATEWAY, POD, "0.0.0.0"), (GATEWAY6, POD6, "::")] {
-        let agent = run(&node, &python("probed").env("BIND", bind));
+    for (id, from, elsewhere, to, bind) in
+        [("v4", GATEWAY, ELSEWHERE, POD, "0.0.0.0"), ("v6", GATEWAY6, ELSEWHERE6, POD6, "::")]
+    {
+        let agent = run(&node, &python(id).env("BIND", bind));
         assert_eq!(node.inside(|| probe(from, to)).unwrap(), "ok");
         for turn in 1..=2 {
             sleep(&node, &agent);
@@ -142,7 +146,6 @@ fn a_hundred_probes_do_not_wake_an_agent_and_the_first_client_does() {
             assert_asleep(&node, &agent);
             let given_back = || Ok(descriptors(&node, &agent) <= before);
             node.wait_until("the shim to give its descriptors back", SOON, given_back).unwrap();
-            let elsewhere = if to == POD { ELSEWHERE } else { from };
             wakes_it(&node, &agent, || ask(elsewhere, to, "good morning"));
             assert_eq!(agent.turn().unwrap(), turn);
         }
@@ -236,22 +239,30 @@ fn agent_turns(node: &Node, agent: &Agent, clients: usize) -> u64 {
 fn a_server_that_speaks_first_greets_a_client_from_the_address_of_probes() {
     let node = start();
     let code = include_str!("../agents/doors.py");
-    let spec = answering(agent(Image::Python, "a").net(Net::Pod).port(PORT));
-    let agent = run(&node, &spec.args(&["python3", "-c", code, "blocking"]));
-    for _ in 0..2 {
-        sleep(&node, &agent);
-        let begun = Instant::now();
-        wakes_it(&node, &agent, || {
-            let mut lines = BufReader::new(dial(GATEWAY, POD).unwrap());
-            let mut line = String::new();
-            lines.read_line(&mut line).unwrap();
-            assert_eq!(line, "220 blocking\n");
-            lines.get_mut().write_all(b"hello\n").unwrap();
-            line.clear();
-            lines.read_line(&mut line).unwrap();
-            assert_eq!(line, "blocking: hello\n");
-        });
-        println!("greeted and answered after {:?}", begun.elapsed());
+    // The other one has a listener of both families at its third port.
+    for (kind, port, name) in [("blocking", PORT, "blocking"), ("several", PORT - 2, "door 2")] {
+        let spec = answering(agent(Image::Python, kind).net(Net::Pod).port(port));
+        let agent = run(&node, &spec.args(&["python3", "-c", code, kind]));
+        for (from, to) in [(GATEWAY, POD), (GATEWAY6, POD6)] {
+            if kind == "blocking" && to == POD6 {
+                continue;
+            }
+            sleep(&node, &agent);
+            let begun = Instant::now();
+            wakes_it(&node, &agent, || {
+                let mut lines = BufReader::new(dial(from, to).unwrap());
+                let mut line = String::new();
+                lines.read_line(&mut line).unwrap();
+                assert_eq!(line, format!("220 {name}\n"));
+                lines.get_mut().write_all(b"hello\n").unwrap();
+                line.clear();
+                lines.read_line(&mut line).unwrap();
+                assert_eq!(line, format!("{name}: hello\n"));
+            });
+            println!("greeted and answered after {:?}", begun.elapsed());
+        }
+        agent.delete().unwrap();
+        node.sh("ip link del pod0").unwrap();
     }
 }
 
