@@ -5,7 +5,7 @@
 mod cycle;
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -87,18 +87,21 @@ fn message(body: &str) -> Vec<u8> {
     format!("POST /chat HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
 }
 
-fn assert_answered(mut stream: TcpStream, body: &str) {
+/// Reads the answer to a message; gives back how many messages the agent has had.
+fn answered(mut stream: TcpStream, body: &str) -> u64 {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 "), "{:?}", answer.get(..200));
     assert!(answer.contains(body), "{} bytes without the message", answer.len());
+    let (_, turn) = answer.split_once("\"turn\": ").unwrap();
+    turn.split(',').next().unwrap().parse().unwrap()
 }
 
-/// One message over a connection of its own.
-fn ask(from: &str, to: &str, body: &str) {
+/// One message over a connection of its own; gives back how many the agent has had.
+fn ask(from: &str, to: &str, body: &str) -> u64 {
     let mut stream = dial(from, to).unwrap();
     stream.write_all(&message(body)).unwrap();
-    assert_answered(stream, body);
+    answered(stream, body)
 }
 
 /// How many descriptors an agent's shim has open.
@@ -146,8 +149,7 @@ fn a_hundred_probes_do_not_wake_an_agent_and_the_first_client_does() {
             assert_asleep(&node, &agent);
             let given_back = || Ok(descriptors(&node, &agent) <= before);
             node.wait_until("the shim to give its descriptors back", SOON, given_back).unwrap();
-            wakes_it(&node, &agent, || ask(elsewhere, to, "good morning"));
-            assert_eq!(agent.turn().unwrap(), turn);
+            wakes_it(&node, &agent, || assert_eq!(ask(elsewhere, to, "good morning"), turn));
         }
         agent.delete().unwrap();
         node.sh("ip link del pod0").unwrap();
@@ -181,7 +183,7 @@ fn what_is_no_probe_reaches_the_agent_whole_from_the_address_of_probes_too() {
     let large: String = (0..1 << 20).map(|number: u32| char::from(b'a' + (number % 23) as u8)).collect();
 
     sleep(&node, &agent);
-    wakes_it(&node, &agent, || ask(GATEWAY, POD, &large));
+    wakes_it(&node, &agent, || assert_eq!(ask(GATEWAY, POD, &large), 1));
 
     sleep(&node, &agent);
     wakes_it(&node, &agent, || {
@@ -190,7 +192,7 @@ fn what_is_no_probe_reaches_the_agent_whole_from_the_address_of_probes_too() {
             stream.write_all(piece).unwrap();
             thread::sleep(Duration::from_millis(5));
         }
-        assert_answered(stream, "in pieces");
+        assert_eq!(answered(stream, "in pieces"), 2);
     });
 
     // Looks like a probe at first, and then hesitates.
@@ -212,27 +214,71 @@ fn what_is_no_probe_reaches_the_agent_whole_from_the_address_of_probes_too() {
         let mut stream = dial(GATEWAY, POD).unwrap();
         stream.write_all(&message("that was all")).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
-        assert_answered(stream, "that was all");
+        assert_eq!(answered(stream, "that was all"), 3);
     });
 
     // Several at once, each with a connection of its own.
     sleep(&node, &agent);
-    let turns = agent_turns(&node, &agent, 16);
-    assert_eq!(turns, 4 + 16);
-    let given_back = || Ok(descriptors(&node, &agent) <= before);
-    node.wait_until("the shim to give its descriptors back", SOON, given_back).unwrap();
-}
-
-/// Has many clients at once send a message each; gives back how many messages the agent has had.
-fn agent_turns(node: &Node, agent: &Agent, clients: usize) -> u64 {
-    wakes_it(node, agent, || {
+    wakes_it(&node, &agent, || {
         thread::scope(|scope| {
-            for number in 0..clients {
+            for number in 0..16 {
                 scope.spawn(move || ask(GATEWAY, POD, &format!("client {number}")));
             }
         });
     });
-    agent.turn().unwrap() + 1
+    assert_eq!(agent.turn().unwrap(), 3 + 16);
+    let given_back = || Ok(descriptors(&node, &agent) <= before);
+    node.wait_until("the shim to give its descriptors back", SOON, given_back).unwrap();
+}
+
+#[test]
+fn a_client_from_the_address_of_probes_that_resets_its_connection_does_no_harm() {
+    let node = start();
+    let agent = run(&node, &python("a"));
+    sleep(&node, &agent);
+    wakes_it(&node, &agent, || {
+        for _ in 0..5 {
+            let mut stream = dial(GATEWAY, POD).unwrap();
+            stream.write_all(b"POST /ch").unwrap();
+            rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+            drop(stream);
+        }
+        assert_eq!(ask(ELSEWHERE, POD, "after"), 1);
+    });
+}
+
+#[test]
+fn a_client_that_the_shim_has_connected_to_the_agent_learns_of_its_sleep_and_of_its_end() {
+    let node = start();
+    let before = node.snapshot();
+    let agent = run(&node, &python("a").annotation("agentcube.volcano.sh/connections", "close"));
+    sleep(&node, &agent);
+    for end in ["sleep", "kill"] {
+        let mut stream = node
+            .inside(|| {
+                let mut stream = dial(GATEWAY, POD).unwrap();
+                let text = "POST /chat HTTP/1.1\r\nContent-Length: 4\r\n\r\nstay";
+                stream.write_all(text.as_bytes()).unwrap();
+                stream.read_exact(&mut [0; 12]).unwrap();
+                stream
+            })
+            .unwrap();
+        // The rest of the answer has come by then.
+        thread::sleep(Duration::from_millis(100));
+        stream.set_nonblocking(true).unwrap();
+        let _ = stream.read(&mut [0; 4096]).unwrap();
+        stream.set_nonblocking(false).unwrap();
+        match end {
+            "sleep" => sleep(&node, &agent),
+            _ => agent.kill("SIGKILL").unwrap(),
+        }
+        let ended = stream.read(&mut [0; 1]);
+        let reset = ended.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset);
+        assert!(reset || matches!(ended, Ok(0)), "{ended:?}");
+    }
+    agent.delete().unwrap();
+    node.sh("ip link del pod0").unwrap();
+    node.wait_until_clean(&before, SOON).unwrap();
 }
 
 #[test]
@@ -296,4 +342,6 @@ fn probes_and_clients_in_one_burst_are_all_answered_over_twenty_sleeps() {
         assert_eq!(wakes(&node, &agent), begun + 1);
         assert_eq!(agent.turn().unwrap(), (cycle + 1) * CLIENTS);
     }
+    // None of the clients from elsewhere was accepted by anybody but the agent.
+    assert!(!node.containerd_log().contains("it is connected to the agent"), "{}", node.containerd_log());
 }

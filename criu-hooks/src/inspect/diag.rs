@@ -49,6 +49,8 @@ pub struct Tcp {
     pub local: SocketAddr,
     /// Its peer's.
     pub remote: SocketAddr,
+    /// The number of the network device that it is bound to, 0 for any.
+    pub device: u32,
     /// Bytes that were received and not read; of a listener: connections that wait.
     pub unread: u32,
     /// Bytes that were written and not acknowledged by the peer.
@@ -212,6 +214,7 @@ fn parse_tcp(message: &[u8]) -> Option<Tcp> {
         state: *message.get(1)?,
         local: address(4, 8)?,
         remote: address(6, 24)?,
+        device: word(40)?,
         unread: word(56)?,
         unsent: word(60)?,
         inode: word(68)?.into(),

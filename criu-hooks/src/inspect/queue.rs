@@ -18,6 +18,8 @@ pub struct Queue {
     /// All that could be in the queue: connections to its port that no process has. Among them may be newer ones, and
     /// those of other listeners at that port. One that its peer has reset is in the queue, and not among them.
     pub waiting: Vec<Waiting>,
+    /// The listener is bound to a network device: it cannot be reached from its own machine.
+    pub on_device: bool,
 }
 
 /// A connection that nobody has accepted.
@@ -41,12 +43,13 @@ impl Queue {
     fn among(sockets: &[Tcp], listener: u64) -> Self {
         let own = sockets.iter().find(|socket| socket.state == LISTEN && socket.inode == listener);
         let length = own.map_or(0, |own| usize::try_from(own.unread).unwrap_or(usize::MAX));
+        let on_device = own.is_some_and(|own| own.device != 0);
         // What a process has closed is without an inode, too, but never in one of these states.
         let waits =
             |socket: &&Tcp| socket.inode == 0 && matches!(socket.state, ESTABLISHED | SYN_RECV | CLOSE_WAIT);
         let waiting = sockets.iter().filter(waits);
         let waiting = waiting.map(|socket| Waiting::new(socket.local, socket.remote));
-        Self { length, waiting: waiting.collect() }
+        Self { length, waiting: waiting.collect(), on_device }
     }
 }
 
@@ -104,7 +107,7 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         rustix::net::sockopt::set_socket_linger(&client, Some(std::time::Duration::ZERO)).unwrap();
         drop(client);
-        assert_eq!(queue(&listener), Queue { length: 1, waiting: Vec::new() });
+        assert_eq!(queue(&listener), Queue { length: 1, ..Queue::default() });
     }
 
     #[test]
@@ -114,6 +117,6 @@ mod tests {
         let client = TcpStream::connect(("127.0.0.1", port)).unwrap();
         let waiting =
             Waiting { local: SocketAddr::from(([127, 0, 0, 1], port)), peer: client.local_addr().unwrap() };
-        assert_eq!(queue(&listener), Queue { length: 1, waiting: vec![waiting] });
+        assert_eq!(queue(&listener), Queue { length: 1, waiting: vec![waiting], on_device: false });
     }
 }

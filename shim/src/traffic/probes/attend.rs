@@ -20,7 +20,7 @@ use tracing::{debug, info};
 use super::verdict::{LONGEST, Verdict, judge};
 
 /// Who says nothing for so long, and stays, is no probe. A kubelet sends its request at once, or closes at once.
-const SILENCE: Duration = Duration::from_millis(300);
+const SILENCE: Duration = Duration::from_millis(500);
 /// A probe has been understood by then.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// When the connection of a client that has vanished is asked whether it still is one.

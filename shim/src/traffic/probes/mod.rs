@@ -95,5 +95,38 @@ fn probing(queue: &Queue, sources: &[Prefix]) -> Option<u32> {
     // One that cannot be seen any more has reset its connection. It may have been anybody.
     let all_seen = queue.length <= queue.waiting.len();
     let all_probes = queue.waiting.iter().all(|client| may_probe(sources, *client));
-    (queue.length > 0 && all_seen && all_probes).then(|| u32::try_from(queue.length).ok()).flatten()
+    // Whoever turned out to be no probe could not be connected to the agent.
+    let reachable = !queue.on_device;
+    (queue.length > 0 && all_seen && all_probes && reachable)
+        .then(|| u32::try_from(queue.length).ok())
+        .flatten()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const NODE: &str = "10.88.0.1";
+
+    fn queue(length: usize, peers: &[&str]) -> Queue {
+        let waits = |peer: &&str| {
+            Waiting::new("10.88.0.5:80".parse().unwrap(), format!("{peer}:999").parse().unwrap())
+        };
+        Queue { length, waiting: peers.iter().map(waits).collect(), on_device: false }
+    }
+
+    #[test]
+    fn only_a_queue_of_probes_alone_is_taken() {
+        let node = [NODE.parse().unwrap()];
+        assert_eq!(probing(&queue(1, &[NODE]), &node), Some(1));
+        assert_eq!(probing(&queue(2, &[NODE, NODE, NODE]), &node), Some(2), "one came between the two looks");
+        assert_eq!(probing(&queue(1, &[NODE, "10.88.0.9"]), &node), None, "a client");
+        assert_eq!(probing(&queue(1, &["10.88.0.5"]), &node), None, "from within the pod");
+        assert_eq!(probing(&queue(2, &[NODE]), &node), None, "one has reset its connection");
+        assert_eq!(probing(&queue(0, &[]), &node), None, "not the listener that was asked about");
+        assert_eq!(probing(&queue(1, &[NODE]), &[]), None, "probes come from nowhere");
+        let on_device = Queue { on_device: true, ..queue(1, &[NODE]) };
+        assert_eq!(probing(&on_device, &node), None);
+    }
 }
