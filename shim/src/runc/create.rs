@@ -251,7 +251,7 @@ pub(super) enum Holder<'a> {
 
 pub(super) fn what_holds(record: &Record) -> Holder<'_> {
     match (record.phase, &record.image) {
-        (Phase::Running | Phase::Stopped, _) => Holder::Processes,
+        (Phase::Running | Phase::Frozen | Phase::Reclaimed | Phase::Stopped, _) => Holder::Processes,
         (Phase::Checkpointed | Phase::Restoring, Some(image)) => Holder::Image(image),
         (Phase::Checkpointed | Phase::Restoring | Phase::Dumping, _) => Holder::Either,
     }
@@ -265,7 +265,9 @@ mod tests {
     fn only_images_that_hold_nothing_may_go() {
         let record = |phase, image: Option<&str>| Record { phase, pid: 7, image: image.map(PathBuf::from) };
         let image = Some("/images/7");
-        assert_eq!(what_holds(&record(Phase::Running, image)), Holder::Processes);
+        for phase in [Phase::Running, Phase::Frozen, Phase::Reclaimed] {
+            assert_eq!(what_holds(&record(phase, image)), Holder::Processes);
+        }
         assert_eq!(what_holds(&record(Phase::Stopped, None)), Holder::Processes);
         assert_eq!(what_holds(&record(Phase::Dumping, None)), Holder::Either);
         assert_eq!(what_holds(&record(Phase::Checkpointed, None)), Holder::Either);

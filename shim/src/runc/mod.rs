@@ -35,7 +35,6 @@ use runc::{
 use tokio::sync::OnceCell;
 use tracing::{debug, info, warn};
 
-pub use self::{cleanup::cleanup, create::RuncFactory};
 use self::{
     ahead::Ahead,
     freezer::Frozen,
@@ -43,6 +42,7 @@ use self::{
     process::{ProcessHandle, runc_error},
     updates::{Recorder, Updates},
 };
+pub use self::{cleanup::cleanup, create::RuncFactory};
 use crate::{
     controllers,
     io::{ConsoleSocket, ProcessIo},

@@ -233,7 +233,8 @@ impl RuncContainer {
             }
             Err(reason) => {
                 warn!(id = %self.id, %reason, "runc is of an unknown kind: it dumps and restores this container itself");
-                let image = self.dump_with_runc(init, container.spec_digest.clone(), &writer, &objections).await?;
+                let image =
+                    self.dump_with_runc(init, container.spec_digest.clone(), &writer, &objections).await?;
                 (RUNC, criu_hooks::engine::DumpReport::default(), Some(image))
             }
         };
