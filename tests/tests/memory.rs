@@ -86,6 +86,17 @@ fn memory_can_be_moved_unmapped_dropped_and_shared_with_a_child_right_after_a_wa
     }
 }
 
+/// Freezes the agent as soon as none of its threads runs: one that waits for its memory may have been given it just then.
+fn freeze(node: &Node, more: &[&str]) {
+    let command: Vec<&str> = ["sleep"].iter().chain(more).copied().chain(["m"]).collect();
+    let freezes = || match agentcube(node, &command) {
+        slept if slept.status == 0 => Ok(true),
+        refused if refused.stderr.contains("it is at work") => Ok(false),
+        failed => failed.check().map(|_| true),
+    };
+    node.wait_until("a moment in which it does nothing", SOON, freezes).unwrap();
+}
+
 /// What stops it while its memory is still coming: another sleep, or a client that pauses it.
 #[test]
 fn memory_goes_on_coming_while_an_agent_is_frozen_again_right_after_a_wake() {
@@ -93,7 +104,7 @@ fn memory_goes_on_coming_while_an_agent_is_frozen_again_right_after_a_wake() {
     let agent = fill(&node, &memory("m", 256));
     for depth in ["frozen", "reclaimed", "frozen"] {
         sleep_and_wake(&node, &agent);
-        agentcube(&node, &["sleep", "--or-shallower", "--depth", depth, "m"]).check().unwrap();
+        freeze(&node, &["--or-shallower", "--depth", depth]);
         agentcube(&node, &["wake", "m"]).check().unwrap();
         verify(&agent);
         sleep_and_wake(&node, &agent);
@@ -103,7 +114,7 @@ fn memory_goes_on_coming_while_an_agent_is_frozen_again_right_after_a_wake() {
     }
     // From frozen on, before all has come.
     sleep_and_wake(&node, &agent);
-    agentcube(&node, &["sleep", "--depth", "frozen", "m"]).check().unwrap();
+    freeze(&node, &["--depth", "frozen"]);
     sleep_and_wake(&node, &agent);
     verify(&agent);
 }
