@@ -311,7 +311,8 @@ on_a_node!(every_file_truncated_fails_the_restore_and_keeps_the_image, async || 
     agent.dump().await.unwrap();
     let image = agent.image();
     let names: Vec<_> = image.manifest().files.iter().map(|file| (file.name.clone(), file.size)).collect();
-    assert!(names.len() > 20, "{names:?}");
+    // Fewer when the counter has no child at that moment.
+    assert!(names.len() > 10, "{names:?}");
     for (name, size) in names.iter().filter(|(_, size)| *size > 0) {
         let path = image.path().join("img").join(name);
         let whole = fs::read(&path).unwrap();
