@@ -88,6 +88,68 @@ pub struct AtOnce {
     pub seconds: u64,
 }
 
+/// How deep an agent sleeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Depth {
+    /// Its processes stand still.
+    Frozen,
+    /// The same, and its memory is in swap.
+    Reclaimed,
+    /// It is an image on disk.
+    Checkpointed,
+}
+
+impl Depth {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Frozen, Self::Reclaimed, Self::Checkpointed];
+}
+
+impl fmt::Display for Depth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Frozen => "frozen",
+            Self::Reclaimed => "reclaimed",
+            Self::Checkpointed => "checkpointed",
+        })
+    }
+}
+
+/// What wakes an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Waker {
+    /// A call on the shim's control socket.
+    Request,
+    /// A client that connects to the sleeping agent and asks.
+    Client,
+}
+
+impl Waker {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Request, Self::Client];
+}
+
+impl fmt::Display for Waker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Request => "request",
+            Self::Client => "client",
+        })
+    }
+}
+
+/// Sleeps of one agent of this project's at each depth, woken in each way, one at a time and each in turn.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Depths {
+    /// The agent.
+    pub workload: Workload,
+    /// Counted cycles of each depth and way; one more of each before them is not counted.
+    pub count: u32,
+    /// After this time no further cycle begins, in seconds.
+    pub seconds: u64,
+}
+
 /// The memory of shims with this many agents, awake and asleep.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shims {
@@ -101,6 +163,8 @@ pub struct Shims {
 pub enum Section {
     /// See [`Cycles`].
     Cycles(Cycles),
+    /// See [`Depths`].
+    Depths(Depths),
     /// See [`AtOnce`].
     AtOnce(AtOnce),
     /// See [`Shims`].
@@ -114,6 +178,7 @@ impl fmt::Display for Section {
                 let cache = if cycles.cache == Cache::Cold { ", image not in the page cache" } else { "" };
                 write!(f, "{}: {} cycles{cache}", cycles.workload, cycles.count)
             }
+            Self::Depths(depths) => write!(f, "{}: depths, {} cycles of each", depths.workload, depths.count),
             Self::AtOnce(at_once) => {
                 let most = at_once.rounds.iter().map(|(agents, _)| agents).max();
                 write!(f, "{}: up to {} at once", at_once.workload, most.unwrap_or(&0))
@@ -149,10 +214,12 @@ impl Plan {
         let python = Workload::Python;
         let mut sections = vec![
             cycles(python(64), Cache::Warm, 30, 20, 60),
+            Section::Depths(Depths { workload: python(64), count: 40, seconds: 80 }),
             cycles(python(1024), Cache::Warm, 20, 5, 300),
             cycles(python(256), Cache::Warm, 20, 10, 100),
             cycles(python(16), Cache::Warm, 25, 20, 45),
             cycles(Workload::Busybox, Cache::Warm, 25, 20, 45),
+            Section::Depths(Depths { workload: python(256), count: 20, seconds: 70 }),
             Section::Shims(Shims { agents: vec![1, 10, 100] }),
             Section::AtOnce(AtOnce {
                 workload: python(16),
@@ -193,6 +260,7 @@ impl Plan {
             cpu_controller: false,
             sections: vec![
                 cycles(64, 10, 30),
+                Section::Depths(Depths { workload: Workload::Python(64), count: 5, seconds: 15 }),
                 cycles(1024, 4, 40),
                 cycles(256, 5, 30),
                 Section::Shims(Shims { agents: vec![10] }),
@@ -216,6 +284,7 @@ impl Plan {
                 cycles(python, Cache::Warm),
                 cycles(python, Cache::Cold),
                 cycles(Workload::Busybox, Cache::Warm),
+                Section::Depths(Depths { workload: python, count: 1, seconds: 10 }),
                 Section::AtOnce(AtOnce {
                     workload: python,
                     subjects: vec![Subject::Agentcube, Subject::Runc],
@@ -236,6 +305,7 @@ impl Plan {
                     plan.count = plan.count.min(cycles);
                     plan.cold_starts = plan.cold_starts.min(cycles);
                 }
+                Section::Depths(plan) => plan.count = plan.count.min(cycles),
                 Section::AtOnce(plan) => {
                     for (_, rounds) in &mut plan.rounds {
                         *rounds = cycles.min(*rounds);
@@ -285,6 +355,7 @@ mod tests {
         for plan in [Plan::full(), Plan::quick()] {
             let seconds = |section: &Section| match section {
                 Section::Cycles(plan) => plan.seconds,
+                Section::Depths(plan) => plan.seconds,
                 Section::AtOnce(plan) => plan.seconds,
                 Section::Shims(plan) => u64::from(*plan.agents.iter().max().unwrap()),
             };
@@ -305,9 +376,20 @@ mod tests {
         for section in &plan.sections {
             match section {
                 Section::Cycles(plan) => assert!(plan.count == 3 && plan.cold_starts <= 3),
+                Section::Depths(plan) => assert_eq!(plan.count, 3),
                 Section::AtOnce(plan) => assert_eq!(plan.rounds, [(1, 3), (10, 3), (50, 2)]),
                 Section::Shims(plan) => assert_eq!(plan.agents, [1, 10, 100]),
             }
+        }
+    }
+
+    #[test]
+    fn depths_are_measured_beside_the_cycles_that_they_are_compared_with() {
+        for plan in [Plan::full(), Plan::quick()] {
+            let sections = plan.with_only("python 64 MiB").sections;
+            let has = |wanted: fn(&Section) -> bool| sections.iter().any(wanted);
+            assert!(has(|section| matches!(section, Section::Depths(_))), "{sections:?}");
+            assert!(has(|section| matches!(section, Section::Cycles(_))), "{sections:?}");
         }
     }
 

@@ -4,14 +4,15 @@ use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use crate::plan::{Cache, Subject, Workload};
+use crate::plan::{Cache, Depth, Subject, Waker, Workload};
 use crate::record::Cycle;
 use crate::results::Results;
+use crate::statistics::Summary;
 
 const SIZE: (u32, u32) = (860, 480);
 const FONT: &str = "sans-serif";
 
-/// A plot of times over the memory of agents, one line for each subject.
+/// A plot of times over the memory of agents, one line for each way to wake them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plot {
     /// The name of its file.
@@ -20,12 +21,21 @@ pub struct Plot {
     lines: Vec<Line>,
 }
 
-/// One subject's medians.
+/// The medians of one subject.
 #[derive(Debug, Clone, PartialEq)]
 struct Line {
-    subject: Subject,
+    whose: Whose,
     /// MiB, and milliseconds: the median, the smallest and the 95th percentile.
     points: Vec<(f64, [f64; 3])>,
+}
+
+/// Whose figures a line shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    /// Those of cycles, where all sleep as images.
+    Subject(Subject),
+    /// This project's at a depth of its own.
+    Depth(Depth),
 }
 
 /// All plots of a run.
@@ -35,10 +45,13 @@ pub fn all(results: &Results) -> Vec<Plot> {
         let lines = subjects.map(|subject| Line::of(results, subject, figure));
         Plot { file, title, lines: lines.into_iter().filter(|line| !line.points.is_empty()).collect() }
     };
+    let mut wake = plot("wake.svg", "From asking for a wake to the first byte of the answer", |cycle| {
+        Some(cycle.first_byte_us)
+    });
+    let depths = [Depth::Frozen, Depth::Reclaimed].map(|depth| Line::of_depth(results, depth));
+    wake.lines.extend(depths.into_iter().filter(|line| !line.points.is_empty()));
     vec![
-        plot("wake.svg", "From asking for a wake to the first byte of the answer", |cycle| {
-            Some(cycle.first_byte_us)
-        }),
+        wake,
         plot("resident.svg", "From asking for a wake until all memory is back", |cycle| {
             Some(cycle.resident_us())
         }),
@@ -51,34 +64,52 @@ pub fn all(results: &Results) -> Vec<Plot> {
 
 impl Line {
     fn of(results: &Results, subject: Subject, figure: fn(&Cycle) -> Option<u64>) -> Self {
-        #[allow(clippy::cast_precision_loss)] // Times of less than 2^53 µs.
-        let ms = |us: u64| us as f64 / 1000.0;
-        let point = |workload| {
-            let Workload::Python(mib) = workload else { return None };
-            let summary = results.summary(workload, Cache::Warm, subject, figure)?;
-            Some((f64::from(mib), [summary.p50, summary.min, summary.p95].map(ms)))
-        };
-        Self { subject, points: results.workloads(Cache::Warm).into_iter().filter_map(point).collect() }
+        let points = results
+            .workloads(Cache::Warm)
+            .into_iter()
+            .filter_map(|workload| point(workload, results.summary(workload, Cache::Warm, subject, figure)?));
+        Self { whose: Whose::Subject(subject), points: points.collect() }
+    }
+
+    /// Wakes by request, as those of the other lines.
+    fn of_depth(results: &Results, depth: Depth) -> Self {
+        let points = results.workloads_at_depths().into_iter().filter_map(|workload| {
+            let by_request = Some(Waker::Request);
+            point(workload, results.depth_summary(workload, depth, by_request, |cycle| cycle.first_byte_us)?)
+        });
+        Self { whose: Whose::Depth(depth), points: points.collect() }
     }
 
     fn colour(&self) -> RGBColor {
         // Told apart by people who see no red or no green, too.
-        match self.subject {
-            Subject::Agentcube => RGBColor(0, 114, 178),
-            Subject::Runc => RGBColor(213, 94, 0),
-            Subject::Crun => RGBColor(0, 158, 115),
-            Subject::ColdStart => RGBColor(120, 120, 120),
+        match self.whose {
+            Whose::Subject(Subject::Agentcube) => RGBColor(0, 114, 178),
+            Whose::Subject(Subject::Runc) => RGBColor(213, 94, 0),
+            Whose::Subject(Subject::Crun) => RGBColor(0, 158, 115),
+            Whose::Subject(Subject::ColdStart) => RGBColor(120, 120, 120),
+            Whose::Depth(Depth::Frozen) => RGBColor(86, 180, 233),
+            Whose::Depth(_) => RGBColor(204, 121, 167),
         }
     }
 
     fn name(&self) -> &'static str {
-        match self.subject {
-            Subject::Agentcube => "agentcube",
-            Subject::Runc => "runc checkpoint, restore",
-            Subject::Crun => "crun checkpoint, restore",
-            Subject::ColdStart => "cold start (containerd, runc)",
+        match self.whose {
+            Whose::Subject(Subject::Agentcube) | Whose::Depth(Depth::Checkpointed) => "agentcube",
+            Whose::Subject(Subject::Runc) => "runc checkpoint, restore",
+            Whose::Subject(Subject::Crun) => "crun checkpoint, restore",
+            Whose::Subject(Subject::ColdStart) => "cold start (containerd, runc)",
+            Whose::Depth(Depth::Frozen) => "agentcube, frozen",
+            Whose::Depth(Depth::Reclaimed) => "agentcube, reclaimed",
         }
     }
+}
+
+/// Where a summary is in a plot; an agent without a size is nowhere.
+fn point(workload: Workload, summary: Summary) -> Option<(f64, [f64; 3])> {
+    #[allow(clippy::cast_precision_loss)] // Times of less than 2^53 µs.
+    let ms = |us: u64| us as f64 / 1000.0;
+    let Workload::Python(mib) = workload else { return None };
+    Some((f64::from(mib), [summary.p50, summary.min, summary.p95].map(ms)))
 }
 
 impl Plot {
@@ -184,7 +215,8 @@ mod tests {
         {
             assert!(svg.contains(part), "{part} is not in the plot");
         }
-        assert!(!svg.contains("crun"));
+        assert!(!svg.contains("crun") && svg.contains("agentcube, frozen") && !svg.contains("reclaimed"));
+        assert!(!plots[1].svg().unwrap().contains("frozen"));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use agentcube_tests::memory::Memory;
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{Cache, Subject, Workload};
+use crate::plan::{Cache, Depth, Subject, Waker, Workload};
 
 /// One sleep and the wake after it, or a cold start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -63,6 +63,36 @@ pub struct Dump {
     pub memory: u64,
     /// Of this, for writing them.
     pub writing: u64,
+}
+
+/// A sleep of this project's at one depth, and the wake after it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DepthCycle {
+    /// The agent.
+    pub workload: Workload,
+    /// How deep it slept.
+    pub depth: Depth,
+    /// What woke it.
+    pub waker: Waker,
+    /// From asking for the sleep until the call came back.
+    pub sleep_us: u64,
+    /// Memory that its processes held asleep (PSS).
+    pub held_bytes: u64,
+    /// From asking until the call came back, or from the client's call of `connect` until it was connected.
+    pub reached_us: u64,
+    /// From the same moment until the first byte of the answer over HTTP.
+    pub first_byte_us: u64,
+}
+
+/// A depth that the shim does not offer on this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// The agent.
+    pub workload: Workload,
+    /// The depth.
+    pub depth: Depth,
+    /// Why, in the shim's own words.
+    pub why: String,
 }
 
 /// Wakes at the same moment.
@@ -128,6 +158,10 @@ pub enum Record {
     Machine(Machine),
     /// See [`Cycle`].
     Cycle(Cycle),
+    /// See [`DepthCycle`].
+    Depth(DepthCycle),
+    /// See [`Refused`].
+    Refused(Refused),
     /// See [`AtOnce`].
     AtOnce(AtOnce),
     /// See [`Shims`].

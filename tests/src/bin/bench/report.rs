@@ -1,5 +1,6 @@
 //! The report for people: tables in Markdown.
 
+mod depths;
 mod prose;
 
 use std::fmt::Write as _;
@@ -12,6 +13,9 @@ use crate::statistics::Summary;
 
 const SUBJECTS: [Subject; 4] = [Subject::Agentcube, Subject::Runc, Subject::Crun, Subject::ColdStart];
 
+/// The agent whose depths README shows.
+const DEPTHS_OF: Workload = Workload::Python(64);
+
 /// The whole report.
 pub fn markdown(results: &Results, goals: &[Goal]) -> String {
     let mut text = prose::head(results);
@@ -20,6 +24,7 @@ pub fn markdown(results: &Results, goals: &[Goal]) -> String {
     section(&mut text, "Falling asleep", prose::SLEEPING, &sleeps(results));
     section(&mut text, "Where the time of a sleep goes", prose::PARTS, &parts(results));
     section(&mut text, "Waking from a cold disk", prose::COLD, &wakes(results, Cache::Cold));
+    section(&mut text, "Depths of sleep", prose::DEPTHS, &depths::tables(results));
     section(&mut text, "Waking at the same moment", prose::AT_ONCE, &at_once(results));
     section(&mut text, "Shims", prose::SHIMS, &shims(results));
     section(&mut text, "Not measured", "", &failures(results));
@@ -47,10 +52,16 @@ pub fn summary(results: &Results, goals: &[Goal]) -> String {
     }
     let head = ["agent", "sleep", "`runc checkpoint`", "wake to first byte", "`runc restore`", "cold start"];
     let held = goals.iter().filter(|goal| goal.held()).count();
+    let by_depth = depths::summary(results, DEPTHS_OF);
+    let by_depth = if by_depth.is_empty() {
+        by_depth
+    } else {
+        format!("\nThe agent of 64 MiB at each [depth of sleep](docs/depths.md):\n\n{by_depth}")
+    };
     format!(
         "![From asking for a wake to the first byte of the answer, by memory of the agent](docs/benchmarks/wake.svg)\n\n\
          Medians of one run, `make bench` on {} cores, {}; {held} of {} goals held. \
-         [All figures, and what each one covers](docs/benchmarks/results.md).\n\n{}",
+         [All figures, and what each one covers](docs/benchmarks/results.md).\n\n{}{by_depth}",
         results.machine().cores,
         results.date,
         goals.len(),
@@ -72,14 +83,12 @@ fn section(text: &mut String, title: &str, prose: &str, table: &str) {
 
 fn goals_table(goals: &[Goal]) -> String {
     let row = |goal: &Goal| {
-        let (first, second) = goal.figures.clone().map_or((cell(None), cell(None)), |figures| figures);
-        let ratio = cell(goal.ratio.map(|ratio| format!("{ratio:.2}")));
         vec![
             goal.what.to_owned(),
-            first,
-            second,
-            ratio,
-            format!("{:.2}", goal.limit),
+            cell(goal.shown()),
+            cell(goal.other_shown()),
+            cell(goal.ratio().map(parts_of_one)),
+            goal.at_most(),
             goal.verdict().to_owned(),
         ]
     };
@@ -283,6 +292,11 @@ fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
+/// A ratio, with two digits that say something.
+pub fn parts_of_one(ratio: f64) -> String {
+    if ratio < 0.1 { format!("{ratio:.3}") } else { format!("{ratio:.2}") }
+}
+
 /// A time, given in microseconds.
 #[allow(clippy::cast_precision_loss)] // Three digits are shown.
 pub fn time(us: u64) -> String {
@@ -310,9 +324,15 @@ mod tests {
     fn the_report_has_every_table_and_says_what_was_not_measured() {
         let results = results();
         let text = markdown(&results, &goals::of(&results));
-        for part in
-            ["## Goals", "## Waking\n", "## Falling asleep", "same moment", "## Shims", "no \\| such program"]
-        {
+        for part in [
+            "## Goals",
+            "## Waking\n",
+            "## Falling asleep",
+            "## Depths of sleep",
+            "same moment",
+            "## Shims",
+            "no \\| such program",
+        ] {
             assert!(text.contains(part), "{part} is not in:\n{text}");
         }
         assert!(!text.contains("cold disk\n"), "no table without figures");
@@ -330,7 +350,8 @@ mod tests {
         let text = summary(&results, &goals::of(&results));
         assert!(text.starts_with("![") && text.contains("docs/benchmarks/wake.svg"), "{text}");
         assert_eq!(text.lines().filter(|line| line.starts_with("| python")).count(), 3);
-        assert!(text.contains("5 of 5 goals held"), "{text}");
+        assert!(text.contains("7 of 7 goals held"), "{text}");
+        assert!(text.contains("depths.md") && text.contains("| frozen "), "{text}");
     }
 
     #[test]
@@ -346,5 +367,6 @@ mod tests {
         assert_eq!(time(41_260), "41.3 ms");
         assert_eq!(time(1_250_000), "1.25 s");
         assert_eq!(size(5 << 19), "2.5 MiB");
+        assert_eq!([0.0333, 0.2, 1.5].map(parts_of_one), ["0.033", "0.20", "1.50"]);
     }
 }

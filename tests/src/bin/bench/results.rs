@@ -3,8 +3,8 @@
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{Cache, Plan, Section, Subject, Workload};
-use crate::record::{AtOnce, Cycle, Failure, Machine, Record, Shims};
+use crate::plan::{Cache, Depth, Plan, Section, Subject, Waker, Workload};
+use crate::record::{AtOnce, Cycle, DepthCycle, Failure, Machine, Record, Refused, Shims};
 use crate::statistics::Summary;
 
 /// The raw results of a run.
@@ -72,6 +72,22 @@ impl Results {
         })
     }
 
+    /// All sleeps at a depth of their own.
+    pub fn depths(&self) -> impl Iterator<Item = &DepthCycle> {
+        self.records.iter().filter_map(|record| match record {
+            Record::Depth(it) => Some(it),
+            _ => None,
+        })
+    }
+
+    /// All depths that the shim does not offer there.
+    pub fn refused(&self) -> impl Iterator<Item = &Refused> {
+        self.records.iter().filter_map(|record| match record {
+            Record::Refused(it) => Some(it),
+            _ => None,
+        })
+    }
+
     /// All that could not be measured.
     pub fn failures(&self) -> impl Iterator<Item = &Failure> {
         self.records.iter().filter_map(|record| match record {
@@ -107,6 +123,34 @@ impl Results {
         let wanted =
             |cycle: &&Cycle| cycle.workload == workload && cycle.cache == cache && cycle.subject == subject;
         Summary::of(self.cycles().filter(wanted).filter_map(figure))
+    }
+
+    /// How one figure of the sleeps at a depth lies, of one waker or of all.
+    pub fn depth_summary(
+        &self,
+        workload: Workload,
+        depth: Depth,
+        waker: Option<Waker>,
+        figure: impl Fn(&DepthCycle) -> u64,
+    ) -> Option<Summary> {
+        let wanted = |cycle: &&DepthCycle| {
+            cycle.workload == workload
+                && cycle.depth == depth
+                && waker.is_none_or(|waker| cycle.waker == waker)
+        };
+        Summary::of(self.depths().filter(wanted).map(figure))
+    }
+
+    /// The workloads that the plan puts to sleep at each depth, small ones first.
+    pub fn workloads_at_depths(&self) -> Vec<Workload> {
+        let workload = |section: &Section| match section {
+            Section::Depths(depths) => Some(depths.workload),
+            _ => None,
+        };
+        let mut workloads: Vec<Workload> = self.plan.sections.iter().filter_map(workload).collect();
+        workloads.sort();
+        workloads.dedup();
+        workloads
     }
 
     /// The workloads that the plan has for an image in this place, small ones first.
@@ -182,6 +226,24 @@ pub mod tests {
                 records.extend((0..3).map(|more| cycle(subject, Workload::Python(mib), ms + more)));
             }
         }
+        for (depth, us, mib) in [(Depth::Frozen, 2_000, 70), (Depth::Checkpointed, 10_000, 0)] {
+            records.extend(Waker::ALL.map(|waker| {
+                Record::Depth(DepthCycle {
+                    workload: Workload::Python(64),
+                    depth,
+                    waker,
+                    sleep_us: us * 2,
+                    held_bytes: mib << 20,
+                    reached_us: if waker == Waker::Client { 90 } else { us / 2 },
+                    first_byte_us: us,
+                })
+            }));
+        }
+        records.push(Record::Refused(Refused {
+            workload: Workload::Python(64),
+            depth: Depth::Reclaimed,
+            why: "no swap".into(),
+        }));
         let shim = |mib: u64| Memory { rss: mib << 21, pss: mib << 20, private: mib << 20 };
         for (subject, asleep, mib) in
             [(Subject::Agentcube, false, 5), (Subject::Agentcube, true, 4), (Subject::Runc, false, 16)]
@@ -244,5 +306,13 @@ pub mod tests {
         assert_eq!(results.mean_of_shims(Subject::Agentcube, true, 10, |shim| shim.pss), Some(4 << 20));
         assert_eq!(results.mean_of_shims(Subject::Agentcube, true, 1, |shim| shim.pss), None);
         assert_eq!(results.workloads(Cache::Warm), [64, 256, 1024].map(Workload::Python));
+        let asleep = |depth, waker| {
+            let summary = results.depth_summary(Workload::Python(64), depth, waker, |cycle| cycle.reached_us);
+            summary.map(|summary| (summary.count, summary.max))
+        };
+        assert_eq!(asleep(Depth::Frozen, Some(Waker::Client)), Some((1, 90)));
+        assert_eq!(asleep(Depth::Checkpointed, None), Some((2, 5_000)));
+        assert_eq!(asleep(Depth::Reclaimed, None), None);
+        assert_eq!(results.workloads_at_depths(), [Workload::Python(64)]);
     }
 }

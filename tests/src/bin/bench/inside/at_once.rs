@@ -1,14 +1,14 @@
 //! Wakes of several sleeping agents at the same moment.
 
-use std::sync::Barrier;
-use std::thread;
+use std::sync::{Barrier, OnceLock};
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 
 use super::Run;
 use super::cycles::lend;
-use super::probe::Probe;
+use super::probe::{Answer, Probe};
 use super::sleeper::Awake;
 use crate::plan::{AtOnce, Section, Subject, rotated};
 use crate::record::{self, Record};
@@ -77,27 +77,26 @@ fn round(group: &mut [Awake]) -> Result<(Vec<u64>, u64)> {
     let pause = PAUSE * u32::try_from(group.len()).unwrap_or(u32::MAX);
     let places = group.iter().map(|awake| lend(awake.sleeper.place())).collect::<Result<Vec<_>>>()?;
     let everybody = Barrier::new(group.len() + 1);
+    let start = OnceLock::new();
     let answers = thread::scope(|scope| {
-        let probes: Vec<_> = places.iter().map(|place| Probe::arm(scope, place, pause)).collect();
-        let wakes: Vec<_> = group
+        let (everybody, start) = (&everybody, &start);
+        let agents: Vec<_> = group
             .iter_mut()
-            .map(|awake| {
-                let everybody = &everybody;
+            .zip(&places)
+            .map(|(awake, place)| {
+                let probe = Probe::arm(scope, place, pause);
                 scope.spawn(move || {
                     everybody.wait();
-                    awake.sleeper.wake().with_context(|| format!("{} waking", awake.sleeper.place().id))
+                    awake.wake_and_ask(&probe, *start.get_or_init(Instant::now))?;
+                    probe.answer()
                 })
             })
             .collect();
-        let start = Instant::now();
-        for probe in &probes {
-            probe.go(start);
-        }
         everybody.wait();
-        for wake in wakes {
-            wake.join().map_err(|_| anyhow!("a waking thread panicked"))??;
-        }
-        probes.into_iter().map(Probe::answer).collect::<Result<Vec<_>>>()
+        let answer = |agent: ScopedJoinHandle<'_, Result<Answer>>| {
+            agent.join().map_err(|_| anyhow!("a waking thread panicked"))?
+        };
+        agents.into_iter().map(answer).collect::<Result<Vec<_>>>()
     })?;
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let first_bytes: Vec<u64> = answers.iter().map(|answer| micros(answer.first_byte)).collect();

@@ -134,10 +134,8 @@ fn wake(awake: &mut Awake, before: u64) -> Result<Woke> {
         let probe = Probe::arm(scope, &lent, PAUSE);
         let watch = Watch::arm(scope, &cgroup, before);
         let start = Instant::now();
-        probe.go(start);
         watch.go(start);
-        awake.sleeper.wake().context("waking")?;
-        let call_us = micros(start);
+        let call_us = awake.wake_and_ask(&probe, start)?;
         let answer = probe.answer()?;
         let back = watch.back()?;
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);

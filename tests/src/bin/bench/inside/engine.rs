@@ -1,14 +1,19 @@
 //! This project's shim, asked over its control socket.
 
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use agentcube_control::{Client, Container, Depth, Timeouts, Transition, socket};
+use agentcube_control::{Client, Container, Depth as WireDepth, Timeouts, Transition, socket};
 use agentcube_tests::node::Runtime;
 use anyhow::{Context as _, Result, ensure};
 
 use super::agent::{self, Place};
 use super::sleeper::{Sleeper, Slept};
-use crate::plan::Workload;
+use crate::plan::{Depth, Workload};
+
+/// How long a shim may take to tell of a wake that is over.
+const TOLD: Duration = Duration::from_secs(5);
 
 /// An agent under this project's shim.
 pub struct Engine {
@@ -32,6 +37,38 @@ impl Engine {
     pub fn status(&self) -> Result<Container> {
         Ok(self.runtime.block_on(self.client.status(&self.place.id))?)
     }
+
+    /// Puts the agent to sleep at this depth and no other.
+    pub fn sleep_at(&self, depth: Depth) -> Result<Transition> {
+        let slept = only(self.runtime.block_on(self.client.sleep(&self.place.id, wire(depth)))?)?;
+        ensure!(is_at(&slept, depth), "it sleeps {:?} where {depth} was asked for", slept.depth);
+        Ok(slept)
+    }
+
+    /// The one wake that has followed `wakes` others, by whatever it was woken.
+    pub fn woke_after(&self, wakes: u64) -> Result<Transition> {
+        let begun = Instant::now();
+        // A thawed agent can answer before its shim has taken note.
+        while self.status()?.wakes == wakes && begun.elapsed() < TOLD {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let status = self.status()?;
+        ensure!(status.wakes == wakes + 1, "the shim tells of {} wakes after {wakes}", status.wakes);
+        status.last_wake.into_option().context("the shim tells nothing of the last wake")
+    }
+}
+
+fn wire(depth: Depth) -> WireDepth {
+    match depth {
+        Depth::Frozen => WireDepth::DEPTH_FROZEN,
+        Depth::Reclaimed => WireDepth::DEPTH_RECLAIMED,
+        Depth::Checkpointed => WireDepth::DEPTH_CHECKPOINTED,
+    }
+}
+
+/// Whether a sleep has reached this depth, or a wake left it.
+pub fn is_at(transition: &Transition, depth: Depth) -> bool {
+    transition.depth == wire(depth).into()
 }
 
 /// The only transition of a sandbox of one container, made by the shim's own engine and not by its fallback.
@@ -50,8 +87,7 @@ impl Sleeper for Engine {
     }
 
     fn sleep(&mut self) -> Result<Slept> {
-        let slept = self.client.sleep(&self.place.id, Depth::DEPTH_CHECKPOINTED);
-        let slept = only(self.runtime.block_on(slept)?)?;
+        let slept = self.sleep_at(Depth::Checkpointed)?;
         Ok(Slept { total_us: slept.total_us, stopped_us: Some(slept.stopped_us) })
     }
 
@@ -61,6 +97,10 @@ impl Sleeper for Engine {
 
     fn traces(&mut self) -> Result<PathBuf> {
         self.image()
+    }
+
+    fn wakes_for_clients(&self) -> bool {
+        true
     }
 
     fn wake(&mut self) -> Result<()> {

@@ -7,6 +7,7 @@ mod command;
 mod cpu;
 mod criu_stats;
 mod cycles;
+mod depths;
 mod engine;
 mod machine;
 mod oci;
@@ -54,6 +55,7 @@ pub fn run(plan: &str) -> Result<()> {
         }
         match section {
             Section::Cycles(plan) => cycles::run(&mut run, plan)?,
+            Section::Depths(plan) => depths::run(&mut run, plan)?,
             Section::AtOnce(plan) => at_once::run(&mut run, plan)?,
             Section::Shims(plan) => shims::run(&mut run, plan)?,
         }

@@ -30,6 +30,17 @@ pub struct Answer {
     pub body: String,
 }
 
+/// What a client has seen that connected to a sleeping agent.
+#[derive(Debug)]
+pub struct Visit {
+    /// How long connecting took.
+    pub connected: Duration,
+    /// When the first byte of the answer came, after the client had begun to connect.
+    pub first_byte: Duration,
+    /// The answer's body.
+    pub body: String,
+}
+
 /// A thread that is ready to ask. It gives up when this is dropped: nobody waits for an agent whose wake has failed.
 pub struct Probe<'scope> {
     go: Sender<Instant>,
@@ -79,6 +90,17 @@ pub fn first_answer(place: &Place, pause: Duration, start: Instant) -> Result<An
     })
 }
 
+/// Connects and asks once: a client that is refused or reset is an error.
+pub fn visit(place: &Place) -> Result<Visit> {
+    let client = || {
+        enter(place)?;
+        let start = Instant::now();
+        attempt(start, PATIENCE).with_context(|| format!("a client of {}", place.id))
+    };
+    thread::scope(|scope| scope.spawn(client).join())
+        .unwrap_or_else(|_| Err(anyhow!("the asking thread panicked")))
+}
+
 fn enter(place: &Place) -> Result<()> {
     move_into_link_name_space(place.network.as_fd(), Some(LinkNameSpaceType::Network))
         .context("entering an agent's network namespace")
@@ -87,8 +109,8 @@ fn enter(place: &Place) -> Result<()> {
 fn ask(pause: Duration, start: Instant, wait: &Receiver<Instant>) -> Result<Answer> {
     let mut last = None;
     while start.elapsed() < PATIENCE {
-        match attempt(start) {
-            Ok(answer) => return Ok(answer),
+        match attempt(start, CONNECT) {
+            Ok(Visit { first_byte, body, .. }) => return Ok(Answer { first_byte, body }),
             Err(error) => last = Some(error),
         }
         if wait.try_recv() == Err(TryRecvError::Disconnected) {
@@ -100,8 +122,9 @@ fn ask(pause: Duration, start: Instant, wait: &Receiver<Instant>) -> Result<Answ
     bail!("no answer over HTTP within {PATIENCE:?}: {last}")
 }
 
-fn attempt(start: Instant) -> std::io::Result<Answer> {
-    let mut stream = TcpStream::connect_timeout(&ADDRESS, CONNECT)?;
+fn attempt(start: Instant, connect: Duration) -> std::io::Result<Visit> {
+    let mut stream = TcpStream::connect_timeout(&ADDRESS, connect)?;
+    let connected = start.elapsed();
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(REQUEST)?;
@@ -111,7 +134,7 @@ fn attempt(start: Instant) -> std::io::Result<Answer> {
     stream.read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes);
     let body = text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default();
-    Ok(Answer { first_byte, body })
+    Ok(Visit { connected, first_byte, body })
 }
 
 /// Whether an answer is that of an agent that has just begun.

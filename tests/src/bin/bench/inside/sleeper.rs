@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::agent::{Memory, Place};
 use super::engine::Engine;
 use super::oci::Oci;
-use super::{Run, micros, probe};
+use super::probe::{self, Probe};
+use super::{Run, micros};
 use crate::plan::{Subject, Workload};
 
 /// A sleep, in microseconds.
@@ -37,6 +38,10 @@ pub trait Sleeper: Send {
     fn image(&mut self) -> Result<PathBuf>;
     /// The folder below which CRIU has left its logs and statistics of the sleep.
     fn traces(&mut self) -> Result<PathBuf>;
+    /// Whether a client wakes the sleeping agent by itself.
+    fn wakes_for_clients(&self) -> bool {
+        false
+    }
     /// Wakes it; comes back when the call or command does.
     fn wake(&mut self) -> Result<()>;
     /// Removes what a wake has left, off the clock.
@@ -68,6 +73,21 @@ impl Awake {
         };
         let memory = Memory::of_new(sleeper.place())?;
         Ok(Self { subject, sleeper, memory })
+    }
+
+    /// Wakes the agent, which was asked for at `start`, and has a client ask it meanwhile; where that would be what wakes it,
+    /// as soon as the call has come back. Gives the time until then, in microseconds.
+    pub fn wake_and_ask(&mut self, client: &Probe<'_>, start: Instant) -> Result<u64> {
+        let waits = self.sleeper.wakes_for_clients();
+        if !waits {
+            client.go(start);
+        }
+        self.sleeper.wake().with_context(|| format!("{} waking", self.sleeper.place().id))?;
+        let call_us = micros(start);
+        if waits {
+            client.go(start);
+        }
+        Ok(call_us)
     }
 
     /// Wakes the agent without measuring it and checks what it knows.

@@ -26,6 +26,13 @@ pub const COLD: &str = "\
 Before each wake the image's files are synced and dropped from the page cache; that they are gone is verified by samples. What lies \
 below (the disk's own cache, that of a virtual machine's host) and the programs (CRIU, the runtime) are left as they are.";
 
+pub const DEPTHS: &str = "\
+One agent of this project's sleeps at each [depth](../depths.md) in turn and is woken in two ways. By a `request`: `call` is from asking on the \
+control socket until the call came back; a client that connects after that has the `first byte`, counted from asking for the wake, too. By a `client` that nobody \
+has announced: `connect` is its handshake with the sleeping agent, `first byte` that of the answer, both counted from its call of `connect`; a \
+client that is refused or reset ends the run with an error. `falling asleep` is from asking until the call came back; `holds` is the proportional set size \
+of the agent's processes while it sleeps.";
+
 pub const AT_ONCE: &str = "\
 All agents sleep; then each is woken by a thread of its own, all at the same moment. `all of them` is until the last one had answered.";
 
@@ -53,7 +60,9 @@ After every wake the first answer must have the right number of turns, and a SHA
 one from before the sleep; then the agent is told something new. A cycle in which that does not hold counts as a failure, not as a \
 figure, and ends the run with an error.
 
-- The first byte is asked for over a new connection, again 0.2 ms after each refusal (with N agents at once: N times that), beginning with the wake. An \
+- A client wakes an agent of this project's by itself. So that it is the request that is measured, the client of a wake by request begins when the call has \
+come back; that of all others begins with the wake.
+- The first byte is asked for over a new connection, again 0.2 ms after each refusal (with N agents at once: N times that). An \
 attempt to connect is given up after 2 ms, because CRIU under runc drops packets for a while, and the kernel's own next attempt would come a second later.
 - Memory is looked at every millisecond in `/proc/PID/statm`: resident without shared pages, because those of files come back when \
 they are used, whoever restores them. Asking and looking take some hundredths of one CPU, from all subjects alike.
