@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, anyhow};
 use super::Run;
 use super::cycles::lend;
 use super::probe::{Answer, Probe};
-use super::sleeper::Awake;
+use super::sleeper::{Awake, wake_and_ask};
 use crate::plan::{AtOnce, Section, Subject, rotated};
 use crate::record::{self, Record};
 
@@ -87,7 +87,8 @@ fn round(group: &mut [Awake]) -> Result<(Vec<u64>, u64)> {
                 let probe = Probe::arm(scope, place, pause);
                 scope.spawn(move || {
                     everybody.wait();
-                    awake.wake_and_ask(&probe, *start.get_or_init(Instant::now))?;
+                    let start = *start.get_or_init(Instant::now);
+                    wake_and_ask(awake.sleeper.as_mut(), &probe, start)?;
                     probe.answer()
                 })
             })

@@ -9,13 +9,13 @@ use anyhow::{Context as _, Result, ensure};
 use super::agent::{self, Place};
 use super::probe::{self, Probe};
 use super::resident::{self, Watch};
-use super::sleeper::Awake;
+use super::sleeper::{Awake, wake_and_ask};
 use super::{Run, cache, cpu, criu_stats, micros};
 use crate::plan::{self, Cache, Cycles, Subject};
 use crate::record::{Cycle, Record, Sleep};
 
 /// How long after an attempt that failed the next one is made.
-const PAUSE: Duration = Duration::from_micros(200);
+pub const PAUSE: Duration = Duration::from_micros(200);
 
 /// How long an agent is left alone before it is put to sleep, so that the connections of before have ended.
 const SETTLE: Duration = Duration::from_millis(30);
@@ -135,7 +135,7 @@ fn wake(awake: &mut Awake, before: u64) -> Result<Woke> {
         let watch = Watch::arm(scope, &cgroup, before);
         let start = Instant::now();
         watch.go(start);
-        let call_us = awake.wake_and_ask(&probe, start)?;
+        let call_us = wake_and_ask(awake.sleeper.as_mut(), &probe, start)?;
         let answer = probe.answer()?;
         let back = watch.back()?;
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);

@@ -8,9 +8,10 @@ use agentcube_tests::memory as held;
 use anyhow::{Context as _, Result, ensure};
 
 use super::agent::Memory;
+use super::cycles::{PAUSE, lend};
 use super::engine::{Engine, is_at};
-use super::probe;
-use super::sleeper::Sleeper as _;
+use super::probe::{self, Answer, Probe, Visit};
+use super::sleeper::{Sleeper as _, wake_and_ask};
 use super::{Run, micros};
 use crate::plan::{Depth, Depths, Section, Subject, Waker, Workload, rotated};
 use crate::record::{DepthCycle, Record, Refused};
@@ -85,36 +86,44 @@ impl Agent {
         let place = self.engine.place();
         let held_bytes = held::pss(&place.cgroup)?;
         let wakes = self.engine.status()?.wakes;
-        let (reached_us, first_byte_us, body) = match waker {
+        let (reached_us, first_byte, body) = match waker {
             Waker::Client => {
-                let visit = probe::visit(place)?;
-                (visit.connected, visit.first_byte, visit.body)
+                let Visit { connected, first_byte, body } = probe::visit(place)?;
+                (whole(connected), first_byte, body)
             }
-            Waker::Request => {
-                let start = Instant::now();
-                self.engine.wake().context("waking")?;
-                let reached = start.elapsed();
-                // Not before: a client that came in between would wake it, too.
-                let answer = probe::first_answer(self.engine.place(), Duration::ZERO, start)?;
-                (reached, answer.first_byte, answer.body)
-            }
+            Waker::Request => self.ask_for_wake()?,
         };
         self.memory.check(self.engine.place(), &body)?;
         let woke = self.engine.woke_after(wakes)?;
         let cause = if waker == Waker::Client { "traffic" } else { "request" };
         ensure!(woke.cause == cause, "it woke for {} where {cause} was due", woke.cause);
         ensure!(is_at(&woke, depth), "it woke from {:?} where {depth} was due", woke.depth);
-        let whole = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(DepthCycle {
             workload: self.workload,
             depth,
             waker,
             sleep_us,
             held_bytes,
-            reached_us: whole(reached_us),
-            first_byte_us: whole(first_byte_us),
+            reached_us,
+            first_byte_us: whole(first_byte),
         })
     }
+
+    /// Asks the shim for a wake: when the call came back, when the first byte of an answer came, and the answer.
+    fn ask_for_wake(&mut self) -> Result<(u64, Duration, String)> {
+        let place = lend(self.engine.place())?;
+        thread::scope(|scope| {
+            let client = Probe::arm(scope, &place, PAUSE);
+            let start = Instant::now();
+            let reached_us = wake_and_ask(&mut self.engine, &client, start)?;
+            let Answer { first_byte, body } = client.answer()?;
+            Ok((reached_us, first_byte, body))
+        })
+    }
+}
+
+fn whole(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// The shim's words when it cannot offer a depth on this machine: memory has to be pushed out to somewhere. Any other depth

@@ -50,6 +50,21 @@ pub trait Sleeper: Send {
     fn delete(&mut self) -> Result<()>;
 }
 
+/// Wakes an agent, which was asked for at `start`, and has a client ask it meanwhile; where that would be what wakes it, as
+/// soon as the call has come back. Gives the time until then, in microseconds.
+pub fn wake_and_ask(sleeper: &mut dyn Sleeper, client: &Probe<'_>, start: Instant) -> Result<u64> {
+    let waits = sleeper.wakes_for_clients();
+    if !waits {
+        client.go(start);
+    }
+    sleeper.wake().with_context(|| format!("{} waking", sleeper.place().id))?;
+    let call_us = micros(start);
+    if waits {
+        client.go(start);
+    }
+    Ok(call_us)
+}
+
 /// A sleeper and what its agent knows.
 pub struct Awake {
     /// The subject.
@@ -73,21 +88,6 @@ impl Awake {
         };
         let memory = Memory::of_new(sleeper.place())?;
         Ok(Self { subject, sleeper, memory })
-    }
-
-    /// Wakes the agent, which was asked for at `start`, and has a client ask it meanwhile; where that would be what wakes it,
-    /// as soon as the call has come back. Gives the time until then, in microseconds.
-    pub fn wake_and_ask(&mut self, client: &Probe<'_>, start: Instant) -> Result<u64> {
-        let waits = self.sleeper.wakes_for_clients();
-        if !waits {
-            client.go(start);
-        }
-        self.sleeper.wake().with_context(|| format!("{} waking", self.sleeper.place().id))?;
-        let call_us = micros(start);
-        if waits {
-            client.go(start);
-        }
-        Ok(call_us)
     }
 
     /// Wakes the agent without measuring it and checks what it knows.
