@@ -14,8 +14,8 @@ use crate::{
     error::{Failure, Kind},
     proto::{
         control::{
-            Container, Depth, ListRequest, SleepRequest, StatusRequest, Transition, WakeRequest, WhyRequest,
-            WhyResponse,
+            Container, Depth, ListRequest, ProbeCommand, ProbeCommands, ProbeResult, ProbesRequest,
+            SleepRequest, StatusRequest, Transition, WakeRequest, WhyRequest, WhyResponse,
         },
         control_ttrpc::ControlClient,
     },
@@ -228,6 +228,31 @@ impl Client {
         let request = WhyRequest { id: id.to_owned(), ..WhyRequest::default() };
         let call = self.inner.why(Context::default(), &request);
         self.call("Why", id, self.timeouts.query, call).await
+    }
+
+    /// Tells the shim the commands of a container's exec probes, all of them, and returns what they last came to. With
+    /// none they stay as they are.
+    ///
+    /// # Errors
+    /// As [`Client::sleep`].
+    pub async fn probes(
+        &self,
+        id: &str,
+        commands: Option<&[Vec<String>]>,
+    ) -> Result<Vec<ProbeResult>, ClientError> {
+        let command = |arguments: &Vec<String>| ProbeCommand {
+            arguments: arguments.clone(),
+            ..ProbeCommand::default()
+        };
+        let commands = commands.map(|commands| ProbeCommands {
+            commands: commands.iter().map(command).collect(),
+            ..ProbeCommands::default()
+        });
+        let request =
+            ProbesRequest { id: id.to_owned(), commands: commands.into(), ..ProbesRequest::default() };
+        let call = self.inner.probes(Context::default(), &request);
+        let response = self.call("Probes", id, self.timeouts.query, call).await?;
+        Ok(response.results)
     }
 
     /// Lists the shim's containers.

@@ -15,8 +15,9 @@ pub use client::{Client, ClientError, Timeouts};
 pub use error::{Failure, Kind};
 pub use proto::{
     control::{
-        Container, Depth, ListRequest, ListResponse, Reason, Shortfall, SleepRequest, SleepResponse, State,
-        StatusRequest, StatusResponse, Transition, WakeRequest, WakeResponse, WhyRequest, WhyResponse,
+        Container, Depth, ListRequest, ListResponse, ProbeCommand, ProbeCommands, ProbeResult, ProbesRequest,
+        ProbesResponse, Reason, Shortfall, SleepRequest, SleepResponse, State, StatusRequest, StatusResponse,
+        Transition, WakeRequest, WakeResponse, WhyRequest, WhyResponse,
     },
     control_ttrpc::{Control, create_control},
 };

@@ -6,9 +6,10 @@ use std::{
 };
 
 use agentcube_control::{
-    Container, Control, Depth as WireDepth, ListRequest, ListResponse, Reason as WireReason, Shortfall,
-    SleepRequest, SleepResponse, State as WireState, StatusRequest, StatusResponse,
-    Transition as WireTransition, WakeRequest, WakeResponse, WhyRequest, WhyResponse, labels,
+    Container, Control, Depth as WireDepth, ListRequest, ListResponse, ProbeCommands,
+    ProbeResult as WireProbe, ProbesRequest, ProbesResponse, Reason as WireReason, Shortfall, SleepRequest,
+    SleepResponse, State as WireState, StatusRequest, StatusResponse, Transition as WireTransition,
+    WakeRequest, WakeResponse, WhyRequest, WhyResponse, labels,
 };
 use async_trait::async_trait;
 use containerd_shim::protos::ttrpc::r#async::TtrpcContext;
@@ -18,6 +19,7 @@ use crate::{
     container::{Handle, Snapshot, Transition},
     error::TaskError,
     lifecycle::{Depth, FrozenBy, Refusal, State},
+    probe_commands::{Commands, ProbeResult},
     runtime::{Reason, Reasons},
     sandbox::{self, Slept, Wish},
     task::Containers,
@@ -129,6 +131,17 @@ impl Control for ControlService {
         Ok(wire_reasons(told))
     }
 
+    async fn probes(
+        &self,
+        _: &TtrpcContext,
+        request: ProbesRequest,
+    ) -> containerd_shim::TtrpcResult<ProbesResponse> {
+        let handle = self.containers.get(&request.id)?;
+        let commands = request.commands.into_option().map(probe_commands).transpose()?;
+        let results = handle.probes(commands).await?.into_iter().map(wire_probe).collect();
+        Ok(ProbesResponse { results, ..Default::default() })
+    }
+
     async fn list(&self, _: &TtrpcContext, _: ListRequest) -> containerd_shim::TtrpcResult<ListResponse> {
         let containers = self.containers.all().iter().map(|handle| self.describe(handle)).collect();
         Ok(ListResponse { containers, ..Default::default() })
@@ -143,6 +156,21 @@ fn depth(wire: EnumOrUnknown<WireDepth>) -> Result<Option<Depth>, TaskError> {
         Ok(WireDepth::DEPTH_CHECKPOINTED) => Ok(Some(Depth::Checkpointed)),
         Ok(WireDepth::DEPTH_RECLAIMED) => Ok(Some(Depth::Reclaimed)),
         Err(unknown) => Err(TaskError::Invalid(format!("there is no depth with the number {unknown}"))),
+    }
+}
+
+fn probe_commands(wire: ProbeCommands) -> Result<Commands, TaskError> {
+    let commands: Vec<_> = wire.commands.into_iter().map(|command| command.arguments).collect();
+    Commands::try_from(commands).map_err(|error| TaskError::Invalid(error.to_string()))
+}
+
+fn wire_probe(result: ProbeResult) -> WireProbe {
+    WireProbe {
+        arguments: result.arguments,
+        known: result.exit.is_some(),
+        exit_status: result.exit.map_or(0, |exit| exit.code),
+        at_unix_ms: result.exit.map_or(0, |exit| unix_ms(exit.at)),
+        ..Default::default()
     }
 }
 

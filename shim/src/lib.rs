@@ -15,6 +15,7 @@ pub mod limits;
 pub mod logging;
 pub mod oom;
 pub mod options;
+pub mod probe_commands;
 pub mod reaper;
 pub mod reclaim;
 pub mod rootfs;

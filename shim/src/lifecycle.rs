@@ -117,6 +117,12 @@ impl State {
             | Self::Stopped => false,
         }
     }
+
+    /// Whether it sleeps, or is falling asleep, and nothing has ended that yet.
+    pub fn sleeps_on(self) -> bool {
+        self.sleeps()
+            && !matches!(self, Self::Dumping { woken: true, .. } | Self::Dumping { killed: true, .. })
+    }
 }
 
 /// What happened, or what somebody asks for.

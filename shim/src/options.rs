@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     daemon::PAGER,
+    probe_commands::Commands,
     traffic::{Prefix, Sources},
 };
 
@@ -115,6 +116,9 @@ pub enum Probes {
 /// The annotation of a pod or container that overrides [`Options::probes`].
 const PROBES: &str = "agentcube.volcano.sh/probes";
 
+/// The annotation of a pod or container that overrides [`Options::probe_commands`], in JSON.
+const PROBE_COMMANDS: &str = "agentcube.volcano.sh/probe-commands";
+
 /// The options.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -165,6 +169,8 @@ pub struct Options {
     pub probes: Probes,
     /// With [`Probes::Answer`]: the addresses that probes come from; when empty, the default gateways of the pod.
     pub probe_sources: Vec<Prefix>,
+    /// With [`Probes::Answer`]: the commands of exec probes, each with its arguments.
+    pub probe_commands: Commands,
 }
 
 impl Default for Options {
@@ -192,6 +198,7 @@ impl Default for Options {
             connection_idle_seconds: 60,
             probes: Probes::default(),
             probe_sources: Vec::new(),
+            probe_commands: Commands::default(),
         }
     }
 }
@@ -383,6 +390,12 @@ impl Options {
                 _ => return wrong(PROBES, value, "wake, answer"),
             };
         }
+        if let Some(value) = value(PROBE_COMMANDS) {
+            self.probe_commands = serde_json::from_str(value).map_err(|error| OptionsError::Toml {
+                origin: format!("the annotation {PROBE_COMMANDS}"),
+                reason: format!("it must be like [[\"cat\", \"/tmp/healthy\"]]: {error}"),
+            })?;
+        }
         Ok(self)
     }
 
@@ -404,6 +417,11 @@ impl Options {
             (Probes::Answer, []) => Some(Sources::Gateways),
             (Probes::Answer, listed) => Some(Sources::Listed(listed.to_vec())),
         }
+    }
+
+    /// The commands of exec probes that are answered for a sleeping agent; nothing when they wake it.
+    pub fn answered_commands(&self) -> Option<Commands> {
+        (self.probes == Probes::Answer).then(|| self.probe_commands.clone())
     }
 
     /// Keeps the options in `bundle`.
@@ -607,6 +625,26 @@ mod tests {
         assert!(error.contains("agentcube.volcano.sh/probes"), "{error}");
         let error = Options::from_toml("probe_sources = [\"node\"]", "x").unwrap_err().to_string();
         assert!(error.contains("node"), "{error}");
+    }
+
+    #[test]
+    fn commands_of_probes_are_answered_where_probes_are() {
+        let commands = |words: &[&str]| {
+            Commands::try_from(vec![words.iter().map(ToString::to_string).collect::<Vec<_>>()]).unwrap()
+        };
+        let toml = "probes = \"answer\"\nprobe_commands = [[\"cat\", \"/tmp/healthy\"]]";
+        let options = Options::from_toml(toml, "x").unwrap();
+        assert_eq!(options.answered_commands(), Some(commands(&["cat", "/tmp/healthy"])));
+        let annotated = |value: &str| {
+            options.clone().annotated(Some(&HashMap::from([(PROBE_COMMANDS.to_owned(), value.to_owned())])))
+        };
+        assert_eq!(annotated("[[\"true\"]]").unwrap().answered_commands(), Some(commands(&["true"])));
+        assert_eq!(annotated("[]").unwrap().answered_commands(), Some(Commands::default()));
+        for wrong in ["true", "[\"true\"]", "[[]]"] {
+            let error = annotated(wrong).unwrap_err().to_string();
+            assert!(error.contains("agentcube.volcano.sh/probe-commands"), "{wrong}: {error}");
+        }
+        assert_eq!(Options { probes: Probes::Wake, ..options }.answered_commands(), None);
     }
 
     #[test]

@@ -14,7 +14,11 @@ use containerd_shim::protos::{api::Mount, protobuf::well_known_types::any::Any};
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch;
 
-use crate::{lifecycle::Depth, wake::WakeCause};
+use crate::{
+    lifecycle::Depth,
+    probe_commands::{Commands, Said, Taps},
+    wake::WakeCause,
+};
 
 /// Where containerd wants a process's standard streams: paths of FIFOs, URIs of loggers, or empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -57,6 +61,8 @@ pub struct ExecConfig {
     pub spec: Vec<u8>,
     /// Its streams.
     pub stdio: Stdio,
+    /// Where what it writes is to be noted, if it is.
+    pub taps: Option<Taps>,
 }
 
 /// How and when a process ended.
@@ -233,6 +239,12 @@ pub trait Runtime: Send + Sync {
     async fn start(&self) -> Result<Option<Process>, RuntimeError>;
     /// Starts a process in the running container.
     async fn exec(&self, config: &ExecConfig) -> Result<Process, RuntimeError>;
+    /// Passes what a command said before on to the streams of an exec that is not made.
+    async fn answer_exec(&self, config: &ExecConfig, said: Said) -> Result<Process, RuntimeError>;
+    /// The commands of exec probes that are answered for the sleeping container; none when probes wake it.
+    fn probe_commands(&self) -> Option<Commands> {
+        None
+    }
     /// Sends `signal` to the init process, to the exec `exec_id`, or with `all` to every process of the container.
     fn signal(&self, exec_id: Option<&str>, signal: u32, all: bool) -> Result<(), RuntimeError>;
     /// Sets a terminal's size, now or when there is one again.

@@ -369,6 +369,7 @@ impl Task for TaskService {
                 stderr: request.stderr,
                 terminal: request.terminal,
             },
+            taps: None,
         };
         handle.add_exec(config).await?;
         Ok(Empty::new())

@@ -8,10 +8,10 @@ use agentcube_control::{
 };
 use tokio::task::JoinHandle;
 
-use super::view::{Answer, Container, Outcome, Problem, Result as Done, Transition, Why};
+use super::view::{Answer, Container, Outcome, Probe, Problem, Result as Done, Transition, Why};
 
 /// What to do to a container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Put it to sleep.
     Sleep {
@@ -26,16 +26,23 @@ pub enum Action {
     Inspect,
     /// Ask what keeps it from sleeping deeper.
     Why,
+    /// Ask what its exec probes last came to.
+    Probes {
+        /// Their commands from now on, if they are to change.
+        commands: Option<Vec<Vec<String>>>,
+    },
 }
 
 impl Action {
     /// As in "cannot put agent to sleep".
-    pub fn on(self, id: &str) -> String {
+    pub fn on(&self, id: &str) -> String {
         match self {
             Action::Sleep { .. } => format!("put {id} to sleep"),
             Action::Wake => format!("wake {id}"),
             Action::Inspect => format!("inspect {id}"),
             Action::Why => format!("tell how deep {id} could sleep"),
+            Action::Probes { commands: None } => format!("tell of the exec probes of {id}"),
+            Action::Probes { commands: Some(_) } => format!("set the exec probes of {id}"),
         }
     }
 }
@@ -47,7 +54,7 @@ pub struct Work {
 }
 
 /// Starts an action on every container that these ids mean; on each container once, though it may be named twice.
-pub fn start(survey: &Survey, ids: &[String], action: Action, timeouts: Timeouts) -> Vec<Work> {
+pub fn start(survey: &Survey, ids: &[String], action: &Action, timeouts: Timeouts) -> Vec<Work> {
     let mut seen = BTreeSet::new();
     let mut works = Vec::new();
     for requested in ids {
@@ -56,7 +63,7 @@ pub fn start(survey: &Survey, ids: &[String], action: Action, timeouts: Timeouts
             Ok(found) => {
                 let shim = survey.containers.iter().filter(|other| other.endpoint == found.endpoint);
                 let memory = memory_of(shim.map(|found| &found.container));
-                let task = tokio::spawn(perform(found.clone(), action, timeouts, memory));
+                let task = tokio::spawn(perform(found.clone(), action.clone(), timeouts, memory));
                 Ok((found.container.id.clone(), task))
             }
             Err(error) => Err(error),
@@ -103,6 +110,10 @@ async fn perform(
             Ok(Done::Container(Box::new(Container::new(&container, socket))))
         }
         Action::Why => Ok(Done::Why(Why::from(&client.why(id).await?))),
+        Action::Probes { commands } => {
+            let results = client.probes(id, commands.as_deref()).await?;
+            Ok(Done::Probes(results.iter().map(Probe::from).collect()))
+        }
         Action::Sleep { depth, or_shallower } => {
             let slept = if or_shallower {
                 client.sleep_or_shallower(id, depth).await

@@ -68,12 +68,35 @@ pub enum Command {
         #[arg(required = true, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
         ids: Vec<String>,
     },
+    /// Tell which commands are exec probes, and what each last came to. While a container sleeps its shim answers a
+    /// probe that last succeeded (option probes = "answer"), rather than wake it
+    Probes {
+        /// A container, by id or the start of one
+        #[arg(value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
+        id: String,
+
+        /// A probe's command with its arguments, as `["cat", "/tmp/healthy"]`; those given are all there are
+        #[arg(long = "command", value_name = "JSON", value_parser = command)]
+        commands: Vec<ProbeCommand>,
+
+        /// From now on there are none
+        #[arg(long, conflicts_with = "commands")]
+        none: bool,
+    },
     /// Tell all about containers
     Inspect {
         /// Containers, by id or the start of one
         #[arg(required = true, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
         ids: Vec<String>,
     },
+}
+
+/// A probe's command with its arguments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProbeCommand(pub Vec<String>);
+
+fn command(text: &str) -> Result<ProbeCommand, serde_json::Error> {
+    serde_json::from_str(text).map(ProbeCommand)
 }
 
 /// How long to wait for a sleep or a wake.
@@ -144,6 +167,18 @@ mod tests {
     }
 
     #[test]
+    fn commands_of_probes_are_argument_vectors() {
+        let words =
+            ["agentcube", "probes", "a", "--command", r#"["cat", "/tmp/a b"]"#, "--command", "[\"true\"]"];
+        let Command::Probes { id, commands, none } = Args::try_parse_from(words).unwrap().command else {
+            panic!("not of probes");
+        };
+        let command = |words: &[&str]| ProbeCommand(words.iter().map(ToString::to_string).collect());
+        assert_eq!((id.as_str(), none), ("a", false));
+        assert_eq!(commands, [command(&["cat", "/tmp/a b"]), command(&["true"])]);
+    }
+
+    #[test]
     fn wrong_usage_is_refused() {
         for line in [
             &["agentcube"][..],
@@ -152,6 +187,9 @@ mod tests {
             &["agentcube", "sleep", "a", "--depth", "archived"],
             &["agentcube", "wake", "a", "--timeout", "0"],
             &["agentcube", "ps", "a"],
+            &["agentcube", "probes"],
+            &["agentcube", "probes", "a", "--command", "true"],
+            &["agentcube", "probes", "a", "--command", "[\"true\"]", "--none"],
             &["agentcube", "ps", "-n", ""],
         ] {
             assert_eq!(Args::try_parse_from(line).unwrap_err().exit_code(), 2, "{line:?}");

@@ -8,6 +8,7 @@ mod view;
 
 use std::{
     io::{self, Write},
+    slice,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -50,7 +51,7 @@ enum Fatal {
 }
 
 async fn dispatch(args: &Args, out: &mut dyn Write, err: &mut dyn Write) -> Result<u8, Fatal> {
-    let (ids, action, timeouts) = match &args.command {
+    let (ids, action, timeouts): (&[String], _, _) = match &args.command {
         Command::Ps => return ps(args, out).await,
         Command::Inspect { ids } => (ids, Action::Inspect, Timeouts::default()),
         Command::Why { ids } => (ids, Action::Why, Timeouts::default()),
@@ -58,9 +59,14 @@ async fn dispatch(args: &Args, out: &mut dyn Write, err: &mut dyn Write) -> Resu
             let action = Action::Sleep { depth: DepthArg::wanted(*depth), or_shallower: *or_shallower };
             (ids, action, patience.timeouts())
         }
+        Command::Probes { id, commands, none } => {
+            let all = commands.iter().map(|command| command.0.clone()).collect::<Vec<_>>();
+            let commands = (*none || !all.is_empty()).then_some(all);
+            (slice::from_ref(id), Action::Probes { commands }, Timeouts::default())
+        }
         Command::Wake { ids, patience } => (ids, Action::Wake, patience.timeouts()),
     };
-    each(args, ids, action, timeouts, out, err).await
+    each(args, ids, &action, timeouts, out, err).await
 }
 
 async fn ps(args: &Args, out: &mut dyn Write) -> Result<u8, Fatal> {
@@ -78,7 +84,7 @@ async fn ps(args: &Args, out: &mut dyn Write) -> Result<u8, Fatal> {
 async fn each(
     args: &Args,
     ids: &[String],
-    action: Action,
+    action: &Action,
     timeouts: Timeouts,
     out: &mut dyn Write,
     err: &mut dyn Write,
@@ -114,12 +120,13 @@ fn text(done: &Done, id: &str) -> String {
         Done::Slept(transitions) => transitions.iter().map(render::slept).collect(),
         Done::Woke(transitions) if transitions.is_empty() => render::was_awake(id),
         Done::Why(why) => render::why(id, why),
+        Done::Probes(probes) => render::probes(id, probes, now_ms()),
         Done::Woke(transitions) => transitions.iter().map(render::woke).collect(),
     }
 }
 
 /// An error on one line: what failed, on what, why.
-fn complaint(action: Action, outcome: &Outcome, problem: &Problem) -> String {
+fn complaint(action: &Action, outcome: &Outcome, problem: &Problem) -> String {
     let id = units::printable(outcome.id.as_deref().unwrap_or(&outcome.requested));
     format!("cannot {}: {}", action.on(&id), units::printable(&problem.message))
 }

@@ -6,7 +6,7 @@ use agentcube_control::labels;
 
 use super::{
     units::{ago, bytes, micros, printable, short},
-    view::{Container, Listing, Transition, Why},
+    view::{Container, Listing, Probe, Transition, Why},
 };
 
 /// An id up to this long is shown whole; containerd's usual ids of 64 characters are cut.
@@ -131,6 +131,22 @@ pub fn why(id: &str, why: &Why) -> String {
     }
     if let Some(next) = why.next_timer_us {
         let _ = writeln!(text, "  a timer goes off in {}", micros(next));
+    }
+    text
+}
+
+/// What `agentcube probes` says of one container.
+pub fn probes(id: &str, probes: &[Probe], now_ms: i64) -> String {
+    if probes.is_empty() {
+        return format!("{}: no exec probes\n", printable(id));
+    }
+    let mut text = format!("{}: exec probes\n", printable(id));
+    for probe in probes {
+        let ended = match (probe.exit_status, probe.at_unix_ms) {
+            (Some(status), Some(at)) => format!("ended with status {status} {}", ago(at, now_ms)),
+            _ => "has not run yet".to_owned(),
+        };
+        let _ = writeln!(text, "  {}: {ended}", printable(&format!("{:?}", probe.command)));
     }
     text
 }

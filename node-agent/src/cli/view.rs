@@ -177,6 +177,29 @@ pub enum Result {
     Woke(Vec<Transition>),
     /// Of `why`.
     Why(Why),
+    /// Of `probes`: one for each command.
+    Probes(Vec<Probe>),
+}
+
+/// An exec probe of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Probe {
+    /// Its program and arguments.
+    pub command: Vec<String>,
+    /// How it last ended; null when it has not run yet.
+    pub exit_status: Option<u32>,
+    /// When that was.
+    pub at_unix_ms: Option<i64>,
+}
+
+impl From<&control::ProbeResult> for Probe {
+    fn from(result: &control::ProbeResult) -> Probe {
+        Probe {
+            command: result.arguments.clone(),
+            exit_status: result.known.then_some(result.exit_status),
+            at_unix_ms: result.known.then_some(result.at_unix_ms),
+        }
+    }
 }
 
 /// How deep a container could sleep, and why no deeper.

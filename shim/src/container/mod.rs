@@ -21,6 +21,7 @@ use crate::{
     error::TaskError,
     events::EventSink,
     lifecycle::Depth,
+    probe_commands::{Commands, ProbeResult},
     runtime::{
         CheckpointConfig, ExecConfig, Process, ProcessExit, ReclaimReport, Runtime, RuntimeError, Stdio, Veto,
     },
@@ -73,6 +74,10 @@ enum Message {
     Checkpoint {
         config: CheckpointConfig,
         reply: Reply<()>,
+    },
+    Probes {
+        commands: Option<Commands>,
+        reply: Reply<Vec<ProbeResult>>,
     },
     Sleep {
         depth: Depth,
@@ -308,6 +313,14 @@ impl Handle {
     /// When that fails; the agent goes on.
     pub async fn checkpoint(&self, config: CheckpointConfig) -> Result<(), TaskError> {
         self.ask(|reply| Message::Checkpoint { config, reply }).await
+    }
+
+    /// The commands of its exec probes and what each last came to; these `commands` from now on, if there are any.
+    ///
+    /// # Errors
+    /// When its probes are not to be answered for it.
+    pub async fn probes(&self, commands: Option<Commands>) -> Result<Vec<ProbeResult>, TaskError> {
+        self.ask(|reply| Message::Probes { commands, reply }).await
     }
 
     /// Puts the container to sleep. Returns when it sleeps.

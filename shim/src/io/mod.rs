@@ -32,7 +32,7 @@ use self::{
     sink::Sink,
     terminal::{Command, Terminal},
 };
-use crate::{reaper::Reaper, runtime::Stdio};
+use crate::{probe_commands::Taps, reaper::Reaper, runtime::Stdio};
 
 /// Why a process's streams cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -139,6 +139,19 @@ impl ProcessIo {
         logger: &LoggerContext<'_>,
         reaper: &Reaper,
     ) -> Result<Arc<Self>, IoError> {
+        Self::open_taped(stdio, logger, reaper, None).await
+    }
+
+    /// As [`Self::open`]; `taps` take note of what a process without a terminal writes.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_taped(
+        stdio: &Stdio,
+        logger: &LoggerContext<'_>,
+        reaper: &Reaper,
+        taps: Option<&Taps>,
+    ) -> Result<Arc<Self>, IoError> {
         let input = Input::open(&stdio.stdin)?;
         let asleep = watch::Sender::new(false);
         let mut tasks = Tasks::default();
@@ -148,7 +161,7 @@ impl ProcessIo {
             tasks.output.push(task);
             Kind::Terminal(terminal)
         } else {
-            let (pipes, output) = Pipes::open(stdio, logger, reaper).await?;
+            let (pipes, output) = Pipes::open(stdio, logger, reaper, taps).await?;
             tasks.output = output;
             Kind::Pipes(pipes)
         };
@@ -170,6 +183,18 @@ impl ProcessIo {
             Kind::Pipes(pipes) => pipes.child_ends(),
             Kind::Terminal(_) => None,
         }
+    }
+
+    /// Writes output in the place of a process that is not made. Its streams end with that.
+    ///
+    /// # Errors
+    /// When the pipes refuse.
+    pub async fn play(&self, stdout: Vec<u8>, stderr: Vec<u8>) -> io::Result<()> {
+        let Some(ends) = self.child_ends() else { return Ok(()) };
+        // A pipe may be shorter than what is written.
+        let written = tokio::task::spawn_blocking(move || ends.write(&stdout, &stderr)).await;
+        self.started();
+        written.map_err(io::Error::other)?
     }
 
     /// The process has its ends: the shim lets go of them, so that it sees their end.

@@ -18,7 +18,11 @@ use super::{
     Inherit, IoError, LoggerContext, Sink,
     fifo::{self, watched},
 };
-use crate::{reaper::Reaper, runtime::Stdio};
+use crate::{
+    probe_commands::{Tap, Taps},
+    reaper::Reaper,
+    runtime::Stdio,
+};
 
 /// Bytes that are copied at once; allocated only while there are some.
 const CHUNK: usize = 16 * 1024;
@@ -29,6 +33,20 @@ pub struct ChildEnds {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
+}
+
+impl ChildEnds {
+    /// Writes output in the place of the process. Blocks while the pipes are full.
+    pub(super) fn write(&self, stdout: &[u8], stderr: &[u8]) -> io::Result<()> {
+        for (end, mut bytes) in [(&self.stdout, stdout), (&self.stderr, stderr)] {
+            let Some(end) = end else { continue };
+            while !bytes.is_empty() {
+                let written = rustix::io::retry_on_intr(|| rustix::io::write(end, bytes))?;
+                bytes = &bytes[written..];
+            }
+        }
+        Ok(())
+    }
 }
 
 #[async_trait]
@@ -81,11 +99,12 @@ pub(super) struct Pipes {
 }
 
 impl Pipes {
-    /// Makes the pipes and starts to copy the process's output.
+    /// Makes the pipes and starts to copy the process's output, which `taps` take note of.
     pub(super) async fn open(
         stdio: &Stdio,
         logger: &LoggerContext<'_>,
         reaper: &Reaper,
+        taps: Option<&Taps>,
     ) -> Result<(Self, Vec<JoinHandle<()>>), IoError> {
         let mut tasks = Vec::new();
         let mut ends = ChildEnds::default();
@@ -98,11 +117,13 @@ impl Pipes {
             };
             let (pipe, write_end) = make(name)?;
             let reader = pipe.open(OFlags::RDONLY | OFlags::NONBLOCK)?;
-            tasks.push(tokio::spawn(copy(name, reader, sink)));
-            match name {
-                "stdout" => ends.stdout = Some(write_end),
-                _ => ends.stderr = Some(write_end),
-            }
+            let (end, tap) = if name == "stdout" {
+                (&mut ends.stdout, taps.map(|taps| &taps.stdout))
+            } else {
+                (&mut ends.stderr, taps.map(|taps| &taps.stderr))
+            };
+            *end = Some(write_end);
+            tasks.push(tokio::spawn(copy(name, reader, sink, tap.cloned())));
             kept.push(Some(pipe));
         }
         let (mut stdin, mut stdin_writer) = (None, None);
@@ -167,22 +188,23 @@ fn make(name: &'static str) -> Result<(Kept, OwnedFd), IoError> {
 }
 
 /// Copies output until its end. When the sink fails the process still goes on: what it writes is lost, and said so.
-async fn copy(name: &'static str, reader: OwnedFd, sink: Sink) {
+async fn copy(name: &'static str, reader: OwnedFd, sink: Sink, tap: Option<Tap>) {
     let Ok(reader) = watched(reader, Interest::READABLE) else { return };
     let mut broken = false;
     loop {
         let Ok(ready) = reader.readable().await else { break };
         drop(ready);
         let mut buffer = vec![0; CHUNK];
-        match fifo::read(&reader, &mut buffer).await {
+        let read = match fifo::read(&reader, &mut buffer).await {
             Ok(0) | Err(_) => break,
-            Ok(read) if !broken => {
-                if let Err(error) = sink.write_all(&buffer[..read]).await {
-                    warn!(stream = name, %error, "output is lost: it cannot be written");
-                    broken = true;
-                }
-            }
-            Ok(_) => {}
+            Ok(read) => &buffer[..read],
+        };
+        if let Some(tap) = &tap {
+            tap.note(read);
+        }
+        if !broken && let Err(error) = sink.write_all(read).await {
+            warn!(stream = name, %error, "output is lost: it cannot be written");
+            broken = true;
         }
     }
     sink.finish().await;

@@ -600,3 +600,22 @@ async fn output_that_a_late_client_has_not_read_yet_is_waited_for_before_the_end
     assert_eq!(*lock(&read), "last\n");
     client.join().unwrap();
 }
+
+#[tokio::test]
+async fn what_is_played_reaches_its_readers_whole_and_is_noted() {
+    let fifos = Fifos::new();
+    let taps = crate::probe_commands::Taps::default();
+    let paths = fifos.paths(false, false);
+    let io = ProcessIo::open_taped(&paths, &IDENTITY, &reaper(), Some(&taps)).await.unwrap();
+    let readers = ["stdout", "stderr"].map(|name| fifos.reader(name, Duration::ZERO));
+    // More than the pipes hold, and more than is remembered.
+    let long: Vec<u8> = (0..200_000_u32).map(|number| number.to_le_bytes()[0]).collect();
+    tokio::time::timeout(LIMIT, io.play(long.clone(), b"and this".to_vec())).await.unwrap().unwrap();
+    assert!(drained(&io, LIMIT).await);
+    let [stdout, stderr] = readers;
+    let said = join(stdout).await;
+    assert!(said == long, "{} bytes", said.len());
+    assert_eq!(join(stderr).await, b"and this");
+    assert!(long.starts_with(&taps.stdout.noted()) && taps.stdout.noted().len() == 10 << 10);
+    assert_eq!(taps.stderr.noted(), b"and this");
+}

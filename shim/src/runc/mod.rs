@@ -4,6 +4,7 @@ mod ahead;
 mod checkpoint;
 mod cleanup;
 mod create;
+mod execs;
 mod freezer;
 mod inspect;
 mod process;
@@ -28,15 +29,13 @@ use criu_hooks::{
     preflight::{self, Preflight},
 };
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
-use runc::{
-    Runc,
-    options::{DeleteOpts, ExecOpts},
-};
+use runc::{Runc, options::DeleteOpts};
 use tokio::sync::OnceCell;
 use tracing::{debug, info, warn};
 
 use self::{
     ahead::Ahead,
+    execs::Exec,
     freezer::Frozen,
     inspect::Rebuff,
     process::{ProcessHandle, runc_error},
@@ -45,9 +44,10 @@ use self::{
 pub use self::{cleanup::cleanup, create::RuncFactory};
 use crate::{
     controllers,
-    io::{ConsoleSocket, ProcessIo},
+    io::ProcessIo,
     limits,
     options::Options,
+    probe_commands::{Commands, Said},
     reaper::Reaper,
     reclaim, rootfs,
     runtime::{
@@ -138,12 +138,6 @@ impl ImageKind {
             Self::Direct(image) | Self::Runc(image) => image,
         }
     }
-}
-
-/// A process that was executed in the container.
-struct Exec {
-    process: ProcessHandle,
-    io: Arc<ProcessIo>,
 }
 
 fn failed(error: impl std::fmt::Display) -> RuntimeError {
@@ -243,37 +237,6 @@ impl RuncContainer {
             _ => Ok(()),
         }
     }
-
-    async fn exec_process(
-        &self,
-        config: &ExecConfig,
-        io: &Arc<ProcessIo>,
-    ) -> Result<(ProcessHandle, Process), RuntimeError> {
-        let spec: oci_spec::runtime::Process = serde_json::from_slice(&config.spec).map_err(|error| {
-            RuntimeError::InvalidArgument(format!("exec {}: its specification: {error}", config.exec_id))
-        })?;
-        let pid_file = self.bundle.join(format!("{}.pid", config.exec_id));
-        let console = if config.stdio.terminal { Some(ConsoleSocket::new().map_err(failed)?) } else { None };
-        let options = ExecOpts {
-            io: io.child_ends().map(|ends| ends as Arc<dyn runc::io::Io>),
-            pid_file: Some(pid_file.clone()),
-            console_socket: console.as_ref().map(|socket| socket.path().to_owned()),
-            detach: true,
-        };
-        self.introduce_init()?;
-        let mark = self.reaper.mark();
-        let outcome = self.runc.exec(&self.id, &spec, Some(&options)).await;
-        io.started();
-        outcome.map_err(|error| runc_error("exec", error, &self.runc_log()))?;
-        let pid = process::read_pid(&pid_file)?;
-        let exit = self.reaper.claim(pid, mark);
-        // At once: nothing is reaped in between, so the pid is still its own. It may be gone already.
-        let handle = ProcessHandle::open(pid);
-        if let Some(console) = console {
-            io.attach_console(console.receive().await.map_err(failed)?).map_err(failed)?;
-        }
-        Ok((handle, process::of(pid, exit)))
-    }
 }
 
 #[async_trait]
@@ -286,27 +249,15 @@ impl Runtime for RuncContainer {
     }
 
     async fn exec(&self, config: &ExecConfig) -> Result<Process, RuntimeError> {
-        if config.exec_id.contains(['/', '\0']) {
-            return Err(RuntimeError::InvalidArgument(format!("{:?} is no id of an exec", config.exec_id)));
-        }
-        let logger = create::logger(&self.id, &self.namespace);
-        let io = ProcessIo::open(&config.stdio, &logger, &self.reaper).await.map_err(failed)?;
-        // Known before it runs, so that a resize finds its terminal.
-        let pending = Exec { process: ProcessHandle::none(), io: io.clone() };
-        self.lock().execs.insert(config.exec_id.clone(), pending);
-        match self.exec_process(config, &io).await {
-            Ok((handle, process)) => {
-                if let Some(exec) = self.lock().execs.get_mut(&config.exec_id) {
-                    exec.process = handle;
-                }
-                Ok(process)
-            }
-            Err(error) => {
-                io.drained(Duration::ZERO).await;
-                self.lock().execs.remove(&config.exec_id);
-                Err(error)
-            }
-        }
+        self.execute(config).await
+    }
+
+    async fn answer_exec(&self, config: &ExecConfig, said: Said) -> Result<Process, RuntimeError> {
+        self.play_exec(config, said).await
+    }
+
+    fn probe_commands(&self) -> Option<Commands> {
+        self.options.answered_commands()
     }
 
     fn signal(&self, exec_id: Option<&str>, signal: u32, all: bool) -> Result<(), RuntimeError> {
@@ -456,11 +407,7 @@ impl Runtime for RuncContainer {
     }
 
     async fn delete_exec(&self, exec_id: &str) -> Result<(), RuntimeError> {
-        let exec = self.lock().execs.remove(exec_id);
-        if let Some(exec) = exec {
-            exec.io.drained(DRAIN).await;
-        }
-        let _ = std::fs::remove_file(self.bundle.join(format!("{exec_id}.pid")));
+        self.forget_exec(exec_id).await;
         Ok(())
     }
 

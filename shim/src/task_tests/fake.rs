@@ -13,6 +13,7 @@ use oci_spec::runtime::LinuxResources;
 use tokio::sync::{Notify, oneshot};
 
 use crate::lifecycle::Depth;
+use crate::probe_commands::{Commands, Said};
 use crate::runtime::{
     CheckpointConfig, CreateConfig, DumpReport, ExecConfig, Process, ProcessExit, Reason, Reasons,
     ReclaimReport, Restored, Runtime, RuntimeError, RuntimeFactory, Veto,
@@ -21,6 +22,9 @@ use crate::wake::WakeCause;
 
 /// The pid of the first init process; each further process has the next one.
 pub const FIRST_PID: u32 = 1000;
+
+/// The pid of execs that are only answered for.
+pub const ANSWERER: u32 = 77;
 
 #[derive(Default)]
 struct Inner {
@@ -32,6 +36,7 @@ struct Inner {
     execs: HashMap<String, u32>,
     failures: VecDeque<(&'static str, RuntimeError)>,
     hold: Option<&'static str>,
+    probes: Option<Commands>,
 }
 
 /// The runtime, its factory, and the test's hand on both.
@@ -61,6 +66,13 @@ impl Fake {
     /// Lets the held call go on.
     pub fn release(&self) {
         self.released.notify_one();
+    }
+
+    /// Exec probes with these commands are answered for containers that are created from now on.
+    pub fn answers(&self, commands: &[&[&str]]) {
+        let words = |words: &&[&str]| words.iter().map(ToString::to_string).collect();
+        let commands: Vec<Vec<String>> = commands.iter().map(words).collect();
+        self.inner.lock().unwrap().probes = Some(Commands::try_from(commands).unwrap());
     }
 
     /// Bytes for the standard input arrive.
@@ -141,8 +153,21 @@ impl Runtime for Fake {
 
     async fn exec(&self, config: &ExecConfig) -> Result<Process, RuntimeError> {
         let spec = String::from_utf8_lossy(&config.spec);
+        if let Some(taps) = &config.taps {
+            taps.stdout.note(b"fine");
+        }
         self.work("exec", format!("exec {} {spec} stdin={}", config.exec_id, config.stdio.stdin)).await?;
         Ok(self.begin(Some(&config.exec_id)))
+    }
+
+    async fn answer_exec(&self, config: &ExecConfig, said: Said) -> Result<Process, RuntimeError> {
+        let said_text = String::from_utf8_lossy(&said.stdout).into_owned();
+        self.work("answer exec", format!("answer exec {} {said_text}", config.exec_id)).await?;
+        Ok(Process { pid: ANSWERER, exit: Box::pin(std::future::ready(said.exit)) })
+    }
+
+    fn probe_commands(&self) -> Option<Commands> {
+        self.inner.lock().unwrap().probes.clone()
     }
 
     fn signal(&self, exec_id: Option<&str>, signal: u32, all: bool) -> Result<(), RuntimeError> {

@@ -67,6 +67,8 @@ macro_rules! beside {
     }};
 }
 
+mod probes;
+
 #[tokio::test]
 async fn a_sleeping_agent_is_running_to_containerd_and_its_dump_is_no_exit() {
     let mut shim = Shim::running().await;

@@ -269,3 +269,19 @@ fn why_tells_reasons_line_by_line() {
     };
     assert_eq!(why("a", &nothing), "a: can sleep checkpointed\n");
 }
+
+#[test]
+fn probes_are_told_with_what_they_last_came_to() {
+    let probe = |words: &[&str], exit_status, at_unix_ms| Probe {
+        command: words.iter().map(ToString::to_string).collect(),
+        exit_status,
+        at_unix_ms,
+    };
+    let told = [probe(&["cat", "/a b"], Some(0), Some(NOW - 60_000)), probe(&["true\u{1b}"], None, None)];
+    let text = probes("a", &told, NOW);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], "a: exec probes");
+    assert!(lines[1].starts_with("  [\"cat\", \"/a b\"]: ended with status 0 "), "{text}");
+    assert!(lines[2].ends_with(": has not run yet") && !text.contains('\u{1b}'), "{text}");
+    assert_eq!(probes("a", &[], NOW), "a: no exec probes\n");
+}

@@ -1,7 +1,7 @@
 //! The execs of a container, from their announcement to their end.
 
 use containerd_shim::protos::events::task::{TaskExecAdded, TaskExecStarted};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::{
     super::{Message, ProcessView, Reply},
@@ -10,6 +10,7 @@ use super::{
 use crate::{
     error::TaskError,
     lifecycle::{Refusal, State},
+    probe_commands::{Commands, ProbeResult, Said},
     runtime::{ExecConfig, Process, ProcessExit, RuntimeError},
     wake::WakeCause,
 };
@@ -35,18 +36,46 @@ impl Actor {
     pub(super) async fn start_exec(&mut self, exec_id: String, reply: Reply<u32>) {
         match self.execs.get(&exec_id) {
             None => answer(reply, Err(self.no_exec(&exec_id))),
-            Some(Exec::Added(_)) => self.need(WakeCause::Exec, Deferred::StartExec { exec_id, reply }).await,
+            Some(Exec::Added(config)) => {
+                let asleep = self.state().sleeps_on().then_some(self.probes.as_ref()).flatten();
+                match asleep.and_then(|probes| probes.recall(config)) {
+                    Some(said) => self.answer_exec(exec_id, said, reply),
+                    None => self.need(WakeCause::Exec, Deferred::StartExec { exec_id, reply }).await,
+                }
+            }
             Some(_) => answer(reply, Err(self.refused(Refusal::AlreadyStarted))),
         }
     }
 
+    /// Lets what an exec said before stand in for it, so that it needs no wake.
+    fn answer_exec(&mut self, exec_id: String, said: Said, reply: Reply<u32>) {
+        let Some(config) = self.take_added(&exec_id, reply) else { return };
+        debug!(id = %self.id, exec = exec_id, "a probe is answered with what it said before");
+        let runtime = self.runtime.clone();
+        self.beside(async move {
+            let result = runtime.answer_exec(&config, said).await;
+            Message::ExecStarted { exec_id, result }
+        });
+    }
+
+    /// Takes an exec that was added out of there, to be started.
+    fn take_added(&mut self, exec_id: &str, reply: Reply<u32>) -> Option<ExecConfig> {
+        let Some(exec @ Exec::Added(_)) = self.execs.get_mut(exec_id) else {
+            answer(reply, Err(self.no_exec(exec_id)));
+            return None;
+        };
+        match std::mem::replace(exec, Exec::Starting(Some(reply))) {
+            Exec::Added(config) => Some(config),
+            _ => None,
+        }
+    }
+
     pub(super) fn begin_exec(&mut self, exec_id: String, reply: Reply<u32>) {
-        let Some(exec @ Exec::Added(_)) = self.execs.get_mut(&exec_id) else {
-            return answer(reply, Err(self.no_exec(&exec_id)));
-        };
-        let Exec::Added(config) = std::mem::replace(exec, Exec::Starting(Some(reply))) else {
-            return;
-        };
+        let Some(mut config) = self.take_added(&exec_id, reply) else { return };
+        if let Some(recording) = self.probes.as_ref().and_then(|probes| probes.record(&config)) {
+            config.taps = Some(recording.taps());
+            self.recordings.insert(exec_id.clone(), recording);
+        }
         let runtime = self.runtime.clone();
         self.beside(async move {
             let result = runtime.exec(&config).await;
@@ -75,7 +104,10 @@ impl Actor {
                 self.beside(async move { Message::ExecExited { exec_id, exit: exit.await } });
                 Ok(pid)
             }
-            Err(error) => Err(self.failed("an exec cannot be started", error)),
+            Err(error) => {
+                self.learn(exec_id, None);
+                Err(self.failed("an exec cannot be started", error))
+            }
         };
         let after = if outcome.is_ok() { Exec::Running } else { Exec::Ended };
         if let Some(Exec::Starting(Some(reply))) = self.execs.insert(exec_id.to_owned(), after) {
@@ -135,7 +167,27 @@ impl Actor {
         self.early.remove(exec_id);
         let mut view = ProcessView::default();
         self.snapshot.send_modify(|now| view = now.execs.remove(exec_id).unwrap_or_default());
+        // Only now all of its output has been passed on.
+        self.learn(exec_id, view.exit);
         Ok(view)
+    }
+
+    /// Remembers how an exec has ended, if it is a probe.
+    fn learn(&mut self, exec_id: &str, exit: Option<ProcessExit>) {
+        if let (Some(recording), Some(probes)) = (self.recordings.remove(exec_id), &mut self.probes) {
+            probes.learn(recording, exit);
+        }
+    }
+
+    pub(super) fn probes(&mut self, commands: Option<Commands>) -> Result<Vec<ProbeResult>, TaskError> {
+        let Some(probes) = &mut self.probes else {
+            let why = "its probes are not answered for it: set probes = \"answer\"".to_owned();
+            return Err(self.failed("the commands of its probes", RuntimeError::FailedPrecondition(why)));
+        };
+        if let Some(commands) = commands {
+            probes.set(commands);
+        }
+        Ok(probes.results())
     }
 
     pub(super) fn no_exec(&self, exec_id: &str) -> TaskError {

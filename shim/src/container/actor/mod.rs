@@ -23,6 +23,7 @@ use crate::{
     error::TaskError,
     events::{EventSink, timestamp},
     lifecycle::{self, Depth, Effect, Event, Facts, FrozenBy, Refusal, State},
+    probe_commands::{Memory, Recording},
     runtime::{CheckpointConfig, ExecConfig, ExitFuture, Process, ProcessExit, Runtime, RuntimeError, Veto},
     wake::WakeCause,
 };
@@ -88,6 +89,10 @@ pub(super) struct Actor {
     execs: HashMap<String, Exec>,
     /// What was asked of execs that have no streams yet.
     early: HashMap<String, Early>,
+    /// What its exec probes said; nothing when they wake it.
+    probes: Option<Memory>,
+    /// Execs that are probes, by their ids.
+    recordings: HashMap<String, Recording>,
     waiting: Vec<Deferred>,
     start_reply: Option<Reply<u32>>,
     falling: Option<Falling>,
@@ -114,6 +119,7 @@ impl Actor {
         snapshot: watch::Sender<Snapshot>,
         events: EventSink,
     ) -> Self {
+        let probes = birth.runtime.probe_commands().map(Memory::of);
         let mut actor = Self {
             journal: Journal::in_bundle(&birth.bundle),
             id: birth.id,
@@ -123,6 +129,8 @@ impl Actor {
             events,
             execs: HashMap::new(),
             early: HashMap::new(),
+            probes,
+            recordings: HashMap::new(),
             waiting: Vec::new(),
             start_reply: None,
             falling: None,
@@ -208,6 +216,10 @@ impl Actor {
             }
             Message::Update { resources, reply } => self.update(*resources, reply),
             Message::Checkpoint { config, reply } => self.checkpoint(config, reply).await,
+            Message::Probes { commands, reply } => {
+                let probes = self.probes(commands);
+                answer(reply, probes);
+            }
             Message::Sleep { depth, reply } => self.sleep(depth, reply).await,
             Message::Wake { reply } => self.wake(reply).await,
             Message::Demand { cause, reply } => self.need(cause, Deferred::Demand { reply }).await,
