@@ -18,7 +18,7 @@ use protobuf::{EnumOrUnknown, MessageField};
 use crate::{
     container::{Handle, Snapshot, Transition},
     error::TaskError,
-    lifecycle::{Depth, FrozenBy, Refusal, State},
+    lifecycle::{Asleep, Depth, FrozenBy, Refusal, State},
     probe_commands::{Commands, ProbeResult},
     runtime::{Reason, Reasons},
     sandbox::{self, Slept, Wish},
@@ -187,10 +187,13 @@ fn wire_state(snapshot: &Snapshot) -> WireState {
         State::Created | State::Starting { .. } => WireState::STATE_CREATED,
         State::Running => WireState::STATE_RUNNING,
         State::Frozen { by: FrozenBy::Client } => WireState::STATE_PAUSED,
-        State::Frozen { by: FrozenBy::Sleep } | State::Reclaimed | State::Checkpointed => {
-            WireState::STATE_ASLEEP
+        State::Frozen { by: FrozenBy::Sleep }
+        | State::Reclaimed
+        | State::Probed { asleep: Asleep::Frozen | Asleep::Reclaimed }
+        | State::Checkpointed => WireState::STATE_ASLEEP,
+        State::Reclaiming | State::Probed { asleep: Asleep::Reclaiming } | State::Dumping { .. } => {
+            WireState::STATE_FALLING_ASLEEP
         }
-        State::Reclaiming | State::Dumping { .. } => WireState::STATE_FALLING_ASLEEP,
         State::Restoring { .. } => WireState::STATE_WAKING,
         State::Stopped => WireState::STATE_STOPPED,
     }

@@ -73,6 +73,7 @@ impl TaskError {
         match self {
             Self::NoContainer(_) | Self::NoExec { .. } | Self::Finished | Self::Gone(_) => Code::NOT_FOUND,
             Self::ContainerExists(_) | Self::ExecExists { .. } => Code::ALREADY_EXISTS,
+            Self::Refused { refusal: Refusal::Probed, .. } => Code::ABORTED,
             Self::StillRuns(_) | Self::Dependency(_) | Self::Refused { .. } => Code::FAILED_PRECONDITION,
             Self::Invalid(_) => Code::INVALID_ARGUMENT,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,

@@ -6,6 +6,7 @@
 //! ```text
 //! Created → Starting → Running ⇄ Frozen
 //!                      Running|Frozen → Reclaiming → Reclaimed → Running
+//!                      Frozen|Reclaiming|Reclaimed ⇄ Probed → Running
 //!                      Running|Frozen|Reclaimed → Dumping → Checkpointed → Restoring → Running
 //!                      any → Stopped
 //! ```
@@ -14,7 +15,7 @@ mod asleep;
 
 use std::fmt;
 
-use self::asleep::{frozen, reclaimed, reclaiming};
+use self::asleep::{frozen, probed, reclaimed, reclaiming};
 
 /// How deep an agent sleeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,6 +58,17 @@ pub enum FrozenBy {
     Sleep,
 }
 
+/// How an agent sleeps with its processes in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asleep {
+    /// As [`State::Frozen`].
+    Frozen,
+    /// As [`State::Reclaiming`].
+    Reclaiming,
+    /// As [`State::Reclaimed`].
+    Reclaimed,
+}
+
 /// Where a container is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
@@ -78,6 +90,11 @@ pub enum State {
     Reclaiming,
     /// It sleeps frozen, and its memory has been pushed out.
     Reclaimed,
+    /// It sleeps with its processes in place, and runs for a moment to answer a probe.
+    Probed {
+        /// How it sleeps otherwise.
+        asleep: Asleep,
+    },
     /// It is being dumped.
     Dumping {
         /// It slept before: it sleeps on, frozen, when the dump fails.
@@ -107,6 +124,7 @@ impl State {
             Self::Frozen { by: FrozenBy::Sleep }
             | Self::Reclaiming
             | Self::Reclaimed
+            | Self::Probed { .. }
             | Self::Dumping { .. }
             | Self::Checkpointed => true,
             Self::Created
@@ -141,6 +159,12 @@ pub enum Event {
     Wake,
     /// A request that only an awake agent can serve has been queued.
     Need,
+    /// A probe has come, and nothing else, that the agent can answer without a wake.
+    Probe,
+    /// The probe is over, and nothing else has come: it can sleep on.
+    ProbeOver,
+    /// The cgroup could not be frozen again after a probe, or the agent still has something to do.
+    RefreezeFailed,
     /// A client pauses the task.
     Pause,
     /// A client resumes the task.
@@ -193,6 +217,10 @@ pub enum Effect {
     CancelReclaim,
     /// Thaw the cgroup; ends with [`Event::ThawFailed`] if that fails.
     Thaw,
+    /// Thaw the cgroup for a probe, and see what comes of it; ends with [`Event::ThawFailed`] if that fails.
+    ThawForProbe,
+    /// Freeze it again and watch it; ends with [`Event::RefreezeFailed`] if that fails or it has something to do.
+    Refreeze,
     /// Begin a dump; ends with [`Event::DumpDone`].
     Dump,
     /// Ask the dump under way to be given up before it kills.
@@ -230,6 +258,9 @@ pub enum Refusal {
     /// It is falling asleep.
     #[error("it is falling asleep already")]
     FallingAsleep,
+    /// It answers a probe.
+    #[error("it answers a probe at this moment: ask again")]
+    Probed,
     /// It is waking.
     #[error("it is waking already")]
     Waking,
@@ -304,6 +335,7 @@ pub fn step(state: State, facts: Facts, event: Event) -> Result<Step, Refusal> {
         State::Frozen { by } => frozen(by, facts, event),
         State::Reclaiming => reclaiming(event),
         State::Reclaimed => reclaimed(facts, event),
+        State::Probed { asleep } => probed(asleep, event),
         State::Dumping { asleep, woken, killed, exited } => {
             dumping(Dump { asleep, woken, killed, exited }, event)
         }
@@ -355,6 +387,9 @@ fn running(facts: Facts, event: Event) -> Result<Step, Refusal> {
         Event::Exited => to(State::Stopped, &[Effect::ReportExit, Effect::Refuse]),
         Event::ThawFailed(by) => to(State::Frozen { by }, &[Effect::Refuse]),
         Event::FreezeFailed
+        | Event::Probe
+        | Event::ProbeOver
+        | Event::RefreezeFailed
         | Event::StartDone { .. }
         | Event::ReclaimDone { .. }
         | Event::DumpDone(_)
@@ -400,6 +435,9 @@ fn dumping(dump: Dump, event: Event) -> Result<Step, Refusal> {
             (false, false) => to(State::Running, &[Effect::Release]),
         },
         Event::FreezeFailed
+        | Event::Probe
+        | Event::ProbeOver
+        | Event::RefreezeFailed
         | Event::ThawFailed(_)
         | Event::StartDone { .. }
         | Event::ReclaimDone { .. }
@@ -416,6 +454,9 @@ fn checkpointed(event: Event) -> Result<Step, Refusal> {
         // Exited: the processes that the dump killed.
         Event::Pause
         | Event::Exited
+        | Event::Probe
+        | Event::ProbeOver
+        | Event::RefreezeFailed
         | Event::FreezeFailed
         | Event::ThawFailed(_)
         | Event::StartDone { .. }
@@ -441,6 +482,9 @@ fn restoring(killed: bool, event: Event) -> Result<Step, Refusal> {
         }
         Event::RestoreDone { ok: false } => to(State::Checkpointed, &[Effect::Refuse]),
         Event::Exited
+        | Event::Probe
+        | Event::ProbeOver
+        | Event::RefreezeFailed
         | Event::FreezeFailed
         | Event::ThawFailed(_)
         | Event::StartDone { .. }
@@ -452,6 +496,9 @@ fn restoring(killed: bool, event: Event) -> Result<Step, Refusal> {
 fn stopped(event: Event) -> Result<Step, Refusal> {
     match event {
         Event::Exited
+        | Event::Probe
+        | Event::ProbeOver
+        | Event::RefreezeFailed
         | Event::FreezeFailed
         | Event::ThawFailed(_)
         | Event::StartDone { .. }

@@ -48,6 +48,8 @@ fn moves() -> impl Strategy<Value = Move> {
         2 => Just(Move::Ask(Event::Sleep(Depth::Reclaimed))),
         2 => Just(Move::Ask(Event::Wake)),
         3 => Just(Move::Ask(Event::Need)),
+        2 => Just(Move::Ask(Event::Probe)),
+        2 => Just(Move::Ask(Event::ProbeOver)),
         1 => Just(Move::Ask(Event::Pause)),
         1 => Just(Move::Ask(Event::Resume)),
         1 => Just(Move::Ask(Event::Kill)),
@@ -75,6 +77,15 @@ impl World {
                 assert!(!self.reclaiming, "thawed while its memory is pushed out");
                 self.frozen = false;
                 self.watched = false;
+            }
+            Effect::ThawForProbe => {
+                self.frozen = false;
+                self.watched = false;
+            }
+            Effect::Refreeze => {
+                assert!(!self.frozen, "frozen twice");
+                self.frozen = true;
+                self.watched = true;
             }
             Effect::Watch => {
                 assert!(self.frozen, "watched while it runs");
@@ -144,7 +155,16 @@ impl Model {
                     if freezes && std::mem::take(&mut self.world.no_freeze) {
                         return self.event(Event::FreezeFailed);
                     }
-                    let thaws = effect == Effect::Thaw && step.next == State::Running;
+                    if effect == Effect::Refreeze && std::mem::take(&mut self.world.no_freeze) {
+                        return self.event(Event::RefreezeFailed);
+                    }
+                    let probed = effect == Effect::ThawForProbe && event == Event::Probe;
+                    if probed && std::mem::take(&mut self.world.no_thaw) {
+                        return self.event(Event::ThawFailed(FrozenBy::Sleep));
+                    }
+                    let thaws = effect == Effect::Thaw
+                        && step.next == State::Running
+                        && !matches!(before, State::Probed { .. });
                     if thaws && event != Event::FreezeFailed && std::mem::take(&mut self.world.no_thaw) {
                         let by = if before == PAUSED { FrozenBy::Client } else { FrozenBy::Sleep };
                         return self.event(Event::ThawFailed(by));
@@ -224,6 +244,10 @@ impl Model {
             State::Running => {
                 assert!(!frozen && !watched && !reclaiming, "running and frozen: {:?}", self.world);
                 assert!(self.world.waiting == 0, "a request waits for a running container");
+            }
+            State::Probed { asleep } => {
+                assert!(!frozen && !watched, "{:?}", self.world);
+                assert_eq!(reclaiming, asleep == Asleep::Reclaiming);
             }
             State::Frozen { by: FrozenBy::Sleep } | State::Reclaimed => {
                 assert!(frozen && watched && !reclaiming, "nothing would wake it: {:?}", self.world);
@@ -316,6 +340,12 @@ fn what_makes_no_sense_is_refused_with_a_reason_of_its_own() {
         (State::Reclaimed, Event::Sleep(Depth::Frozen), Refusal::AlreadyAsleep(Depth::Reclaimed)),
         (State::Reclaimed, Event::Sleep(Depth::Reclaimed), Refusal::AlreadyAsleep(Depth::Reclaimed)),
         (State::Reclaiming, sleep, Refusal::FallingAsleep),
+        (State::Probed { asleep: Asleep::Frozen }, sleep, Refusal::Probed),
+        (
+            State::Probed { asleep: Asleep::Reclaimed },
+            Event::Sleep(Depth::Frozen),
+            Refusal::AlreadyAsleep(Depth::Reclaimed),
+        ),
         (DUMPING, sleep, Refusal::FallingAsleep),
         (RESTORING, Event::Wake, Refusal::Waking),
         (PAUSED, sleep, Refusal::Paused),
@@ -370,9 +400,41 @@ fn what_cannot_be_deepened_sleeps_on_unless_something_needs_it() {
 
 #[test]
 fn a_pause_of_a_sleeping_agent_ends_its_watch() {
+    let probed = State::Probed { asleep: Asleep::Frozen };
+    let paused = step(probed, Facts::default(), Event::Pause).expect("is taken");
+    assert_eq!((paused.next, paused.effects), (PAUSED, vec![Effect::Freeze, Effect::PublishPaused]));
     for state in [ASLEEP_FROZEN, State::Reclaiming, State::Reclaimed] {
         let paused = step(state, Facts::default(), Event::Pause).expect("is taken");
         assert_eq!(paused.next, PAUSED);
         assert!(paused.effects.contains(&Effect::Unwatch), "{state:?}");
     }
+}
+
+#[test]
+fn a_probe_leads_out_of_a_sleep_and_back_into_it_unless_something_needs_the_agent() {
+    for (asleep, of) in [(ASLEEP_FROZEN, Asleep::Frozen), (State::Reclaimed, Asleep::Reclaimed)] {
+        let probed = State::Probed { asleep: of };
+        assert_eq!(states(asleep, &[Event::Probe, Event::ProbeOver]), [probed, asleep]);
+        // It is at work still: later then.
+        let again = [Event::Probe, Event::ProbeOver, Event::RefreezeFailed, Event::ProbeOver];
+        assert_eq!(states(asleep, &again), [probed, asleep, probed, asleep]);
+        let woken = step(probed, Facts::default(), Event::Need).expect("is taken");
+        assert_eq!((woken.next, woken.effects), (State::Running, vec![Effect::Thaw, Effect::Release]));
+        // What comes after a wake is of no interest any more.
+        assert_eq!(states(probed, &[Event::Need, Event::ProbeOver])[1], State::Running);
+    }
+}
+
+#[test]
+fn memory_is_pushed_out_while_a_probe_is_answered() {
+    let probed = |asleep| State::Probed { asleep };
+    let done = |ok| [Event::Probe, Event::ReclaimDone { ok }, Event::ProbeOver];
+    let reclaimed = [probed(Asleep::Reclaiming), probed(Asleep::Reclaimed), State::Reclaimed];
+    assert_eq!(states(State::Reclaiming, &done(true)), reclaimed);
+    let frozen = [probed(Asleep::Reclaiming), probed(Asleep::Frozen), ASLEEP_FROZEN];
+    assert_eq!(states(State::Reclaiming, &done(false)), frozen);
+    let back = [probed(Asleep::Reclaiming), State::Reclaiming];
+    assert_eq!(states(State::Reclaiming, &[Event::Probe, Event::ProbeOver]), back);
+    let woken = step(probed(Asleep::Reclaiming), Facts::default(), Event::Need).expect("is taken");
+    assert_eq!(woken.effects, [Effect::CancelReclaim, Effect::Thaw, Effect::Release]);
 }

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use crate::{
     lifecycle::Depth,
     probe_commands::{Commands, Said, Taps},
-    wake::WakeCause,
+    wake::Demand,
 };
 
 /// Where containerd wants a process's standard streams: paths of FIFOs, URIs of loggers, or empty.
@@ -264,6 +264,13 @@ pub trait Runtime: Send + Sync {
     fn unwatch(&self);
     /// Thaws all processes; ends the watch.
     async fn thaw(&self) -> Result<(), RuntimeError>;
+    /// Thaws the container for a probe that [`Self::demand`] told of; ends the watch.
+    async fn thaw_for_probe(&self) -> Result<(), RuntimeError>;
+    /// Completes when those probes are over, or something else has come: with whether nothing else has.
+    async fn probe_over(&self) -> bool;
+    /// Freezes and watches the container again after a probe. [`RuntimeError::Busy`] when it has something to do now; any
+    /// other error when it must wake. On error the container may be frozen.
+    async fn refreeze(&self) -> Result<(), RuntimeError>;
     /// Whether there is anything that the memory of the container could be pushed out to; the error says why not.
     fn can_reclaim(&self) -> Result<(), RuntimeError>;
     /// Pushes the memory of the frozen container out, step by step until the veto is raised: all that goes, or until
@@ -286,10 +293,10 @@ pub trait Runtime: Send + Sync {
     async fn delete_exec(&self, exec_id: &str) -> Result<(), RuntimeError>;
     /// Removes the container that has ended, when its output has been passed on: OCI runtime's state, mounts, images.
     async fn delete(&self) -> Result<(), RuntimeError>;
-    /// Completes when something comes that the sleeping container must wake for, and says what. It is only waited for
+    /// Completes when something comes that the sleeping container is needed for, and says what. It is only waited for
     /// while the container sleeps, at whatever depth, and is dropped and called anew in between: what it waits for must
     /// not be lost with it.
-    async fn demand(&self) -> WakeCause;
+    async fn demand(&self) -> Demand;
     /// How deep the live container could sleep, and why no deeper. Does not disturb it.
     async fn why(&self) -> Result<Reasons, RuntimeError>;
     /// The ids of all processes; the last known ones while asleep. Never empty.

@@ -123,7 +123,11 @@ pub struct Slept {
 
 /// Whether an error speaks against this moment alone: its agent has something to do.
 fn is_busy(error: &TaskError) -> bool {
-    matches!(error, TaskError::Runtime { source: RuntimeError::Busy(_), .. })
+    matches!(
+        error,
+        TaskError::Runtime { source: RuntimeError::Busy(_), .. }
+            | TaskError::Refused { refusal: Refusal::Probed, .. }
+    )
 }
 
 /// Whether an error speaks against this depth rather than against any.

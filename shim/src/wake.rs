@@ -1,7 +1,7 @@
 //! Why an agent wakes.
 //!
 //! Two ways lead into the actor. What waits below it, as long as the agent sleeps, ends [`Runtime::demand`] with a cause:
-//! input, traffic, a timer. What is asked of the shim comes by message: requests queue themselves with a cause of their
+//! input, traffic, a timer; or with a probe, which may be no reason to wake. What is asked of the shim comes by message: requests queue themselves with a cause of their
 //! own, and anything else calls [`Handle::demand`].
 //!
 //! [`Runtime::demand`]: crate::runtime::Runtime::demand
@@ -53,4 +53,13 @@ impl fmt::Display for WakeCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// What a sleeping agent is needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Demand {
+    /// To be awake.
+    Wake(WakeCause),
+    /// To answer a probe, for which it need not wake. Only of one that is frozen.
+    Probe,
 }

@@ -107,7 +107,7 @@ mod tests {
     fn socket(state: u8, idle_seconds: u64) -> Tcp {
         let (local, remote) = ("10.0.0.1:80".parse().unwrap(), "10.0.0.9:999".parse().unwrap());
         let idle = Duration::from_secs(idle_seconds);
-        Tcp { inode: 7, state, local, remote, device: 0, unread: 0, unsent: 0, idle }
+        Tcp { inode: 7, state, local, remote, device: 0, unread: 0, unsent: 0, idle, bytes: 0 }
     }
 
     fn reason(socket: &Tcp, policy: Policy) -> Option<Busy> {

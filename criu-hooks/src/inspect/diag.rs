@@ -3,12 +3,16 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
     time::Duration,
 };
 
-use rustix::net::{
-    self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType,
-    netlink::{self, SocketAddrNetlink},
+use rustix::{
+    io::Errno,
+    net::{
+        self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType,
+        netlink::{self, SocketAddrNetlink},
+    },
 };
 
 const AF_UNIX: u8 = 1;
@@ -57,6 +61,8 @@ pub struct Tcp {
     pub unsent: u32,
     /// How long no byte has come or gone.
     pub idle: Duration,
+    /// Bytes that came, and those that went and were acknowledged.
+    pub bytes: u64,
 }
 
 /// A unix socket.
@@ -136,6 +142,49 @@ fn inet_request(family: u8, protocol: u8, port: u16) -> Vec<u8> {
     request
 }
 
+/// Tells of the TCP sockets of a network namespace that have ended.
+#[derive(Debug)]
+pub(super) struct Ends(OwnedFd);
+
+impl Ends {
+    /// For the network namespace of the calling thread, from now on.
+    ///
+    /// # Errors
+    /// When the kernel does not offer it.
+    pub(super) fn listen() -> io::Result<Self> {
+        /// `SKNLGRP_INET_TCP_DESTROY` and `SKNLGRP_INET6_TCP_DESTROY`, the first and the third group.
+        const GROUPS: u32 = 1 << 0 | 1 << 2;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::SOCK_DIAG))?;
+        net::bind(&socket, &SocketAddrNetlink::new(0, GROUPS))?;
+        Ok(Self(socket))
+    }
+
+    /// Those that have ended since this was last asked. The kernel tells of each a moment later.
+    ///
+    /// # Errors
+    /// When there were more than the kernel keeps.
+    pub(super) fn take(&self) -> io::Result<Vec<Tcp>> {
+        let mut buffer = vec![0; ANSWER];
+        let mut found = Vec::new();
+        loop {
+            let length = match net::recv(&self.0, &mut buffer[..], RecvFlags::empty()) {
+                Ok((length, _)) => length,
+                Err(Errno::AGAIN) => return Ok(found),
+                Err(error) => return Err(error.into()),
+            };
+            let mut rest = &buffer[..length];
+            while let Some((kind, body, after)) = next_message(rest) {
+                if kind == SOCK_DIAG_BY_FAMILY {
+                    found.extend(parse_tcp(body));
+                }
+                rest = after;
+            }
+        }
+    }
+}
+
 /// Sends a request for a table, and passes each message of the answer on.
 fn each(request: &[u8], mut take: impl FnMut(&[u8])) -> io::Result<()> {
     let flags = SocketFlags::CLOEXEC;
@@ -207,9 +256,10 @@ fn parse_tcp(message: &[u8]) -> Option<Tcp> {
         };
         Some(SocketAddr::new(ip, u16::from_be_bytes(number(message, port)?)))
     };
-    // struct tcp_info: the milliseconds since data was last sent, and last received.
+    // struct tcp_info: the milliseconds since data was last sent, and last received; the bytes of each.
     let info = attribute(message.get(INET_MESSAGE..)?, INET_DIAG_INFO).unwrap_or_default();
     let since = |at| number(info, at).map_or(0, u32::from_ne_bytes);
+    let bytes = |at| number(info, at).map_or(0, u64::from_ne_bytes);
     Some(Tcp {
         state: *message.get(1)?,
         local: address(4, 8)?,
@@ -219,6 +269,7 @@ fn parse_tcp(message: &[u8]) -> Option<Tcp> {
         unsent: word(60)?,
         inode: word(68)?.into(),
         idle: Duration::from_millis(since(44).min(since(52)).into()),
+        bytes: bytes(120).wrapping_add(bytes(128)),
     })
 }
 

@@ -8,6 +8,7 @@ mod connections;
 mod diag;
 mod files;
 mod namespaces;
+mod network;
 mod queue;
 mod sockets;
 
@@ -23,6 +24,7 @@ use rustix::process::Pid;
 pub use self::{
     blocker::Blocker,
     connections::{Busy, Policy},
+    network::{Connection, Ended, Network},
     queue::{Queue, Waiting},
 };
 use self::{

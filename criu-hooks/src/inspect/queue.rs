@@ -4,11 +4,11 @@ use std::{io, net::SocketAddr};
 
 use super::diag::{self, LISTEN, Tcp};
 
-const ESTABLISHED: u8 = 1;
+pub(super) const ESTABLISHED: u8 = 1;
 /// As a connection made with TCP Fast Open is at first.
-const SYN_RECV: u8 = 3;
+pub(super) const SYN_RECV: u8 = 3;
 /// The peer has nothing more to say.
-const CLOSE_WAIT: u8 = 8;
+pub(super) const CLOSE_WAIT: u8 = 8;
 
 /// Who waits at a listener, in no order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -22,8 +22,8 @@ pub struct Queue {
     pub on_device: bool,
 }
 
-/// A connection that nobody has accepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A connection by its ends, mostly one that nobody has accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Waiting {
     /// Where the client has connected to.
     pub local: SocketAddr,

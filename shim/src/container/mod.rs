@@ -108,6 +108,10 @@ enum Message {
         exec_id: String,
         exit: ProcessExit,
     },
+    ProbeOver {
+        number: u64,
+        alone: bool,
+    },
     Reclaimed {
         veto: Veto,
         result: Result<ReclaimReport, RuntimeError>,

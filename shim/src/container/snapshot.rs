@@ -9,7 +9,7 @@ use std::{
 use containerd_shim::protos::api::Status;
 
 use crate::{
-    lifecycle::{Depth, FrozenBy, State},
+    lifecycle::{Asleep, Depth, FrozenBy, State},
     runtime::{ProcessExit, Stdio},
     wake::WakeCause,
 };
@@ -140,8 +140,10 @@ impl Snapshot {
     /// How deep it sleeps, if it does.
     pub fn depth(&self) -> Option<Depth> {
         match self.state {
-            State::Frozen { by: FrozenBy::Sleep } | State::Reclaiming => Some(Depth::Frozen),
-            State::Reclaimed => Some(Depth::Reclaimed),
+            State::Frozen { by: FrozenBy::Sleep }
+            | State::Reclaiming
+            | State::Probed { asleep: Asleep::Frozen | Asleep::Reclaiming } => Some(Depth::Frozen),
+            State::Reclaimed | State::Probed { asleep: Asleep::Reclaimed } => Some(Depth::Reclaimed),
             State::Checkpointed => Some(Depth::Checkpointed),
             _ => None,
         }

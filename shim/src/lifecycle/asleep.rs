@@ -1,7 +1,8 @@
-//! The states of an agent that sleeps with its processes in place: frozen, reclaiming, reclaimed.
+//! The states of an agent that sleeps with its processes in place: frozen, reclaiming, reclaimed, and out of these for a
+//! moment to answer a probe.
 
 use super::{
-    ASLEEP_FROZEN, DEEPENING, Depth, Effect, Event, Facts, FrozenBy, PAUSED, Refusal, State, Step, to,
+    ASLEEP_FROZEN, Asleep, DEEPENING, Depth, Effect, Event, Facts, FrozenBy, PAUSED, Refusal, State, Step, to,
 };
 
 pub(super) fn frozen(by: FrozenBy, facts: Facts, event: Event) -> Result<Step, Refusal> {
@@ -24,9 +25,15 @@ pub(super) fn frozen(by: FrozenBy, facts: Facts, event: Event) -> Result<Step, R
         }
         (FrozenBy::Sleep, Event::Sleep(Depth::Reclaimed)) => to(State::Reclaiming, &[Effect::Reclaim]),
         (FrozenBy::Sleep, Event::Pause) => to(PAUSED, &[Effect::Unwatch, Effect::PublishPaused]),
+        (FrozenBy::Sleep, Event::Probe | Event::RefreezeFailed) => {
+            to(State::Probed { asleep: Asleep::Frozen }, &[Effect::ThawForProbe])
+        }
         (
             _,
-            Event::ThawFailed(_)
+            Event::Probe
+            | Event::ProbeOver
+            | Event::RefreezeFailed
+            | Event::ThawFailed(_)
             | Event::StartDone { .. }
             | Event::ReclaimDone { .. }
             | Event::DumpDone(_)
@@ -52,9 +59,15 @@ pub(super) fn reclaiming(event: Event) -> Result<Step, Refusal> {
         }
         Event::ReclaimDone { ok: true } => to(State::Reclaimed, &[]),
         Event::ReclaimDone { ok: false } => to(ASLEEP_FROZEN, &[]),
-        Event::ThawFailed(_) | Event::StartDone { .. } | Event::DumpDone(_) | Event::RestoreDone { .. } => {
-            to(State::Reclaiming, &[])
+        // Its memory is pushed out meanwhile.
+        Event::Probe | Event::RefreezeFailed => {
+            to(State::Probed { asleep: Asleep::Reclaiming }, &[Effect::ThawForProbe])
         }
+        Event::ProbeOver
+        | Event::ThawFailed(_)
+        | Event::StartDone { .. }
+        | Event::DumpDone(_)
+        | Event::RestoreDone { .. } => to(State::Reclaiming, &[]),
     }
 }
 
@@ -62,12 +75,53 @@ pub(super) fn reclaimed(facts: Facts, event: Event) -> Result<Step, Refusal> {
     match event {
         Event::Sleep(Depth::Frozen | Depth::Reclaimed) => Err(Refusal::AlreadyAsleep(Depth::Reclaimed)),
         Event::Kill => to(State::Reclaimed, &[Effect::Kill]),
-        Event::ThawFailed(_)
+        Event::Probe | Event::RefreezeFailed => {
+            to(State::Probed { asleep: Asleep::Reclaimed }, &[Effect::ThawForProbe])
+        }
+        Event::ProbeOver
+        | Event::ThawFailed(_)
         | Event::StartDone { .. }
         | Event::ReclaimDone { .. }
         | Event::DumpDone(_)
         | Event::RestoreDone { .. } => to(State::Reclaimed, &[]),
         // Its processes are frozen, wherever their memory is.
         _ => frozen(FrozenBy::Sleep, facts, event),
+    }
+}
+
+pub(super) fn probed(asleep: Asleep, event: Event) -> Result<Step, Refusal> {
+    let here = State::Probed { asleep };
+    let (back, depth) = match asleep {
+        Asleep::Frozen => (ASLEEP_FROZEN, Depth::Frozen),
+        Asleep::Reclaiming => (State::Reclaiming, Depth::Frozen),
+        Asleep::Reclaimed => (State::Reclaimed, Depth::Reclaimed),
+    };
+    let end = |next, effects: &[Effect]| {
+        let cancel = (asleep == Asleep::Reclaiming).then_some(Effect::CancelReclaim);
+        Ok(Step { next, effects: cancel.into_iter().chain(effects.iter().copied()).collect() })
+    };
+    match event {
+        Event::Start => Err(Refusal::AlreadyStarted),
+        Event::Sleep(_) if asleep == Asleep::Reclaiming => Err(Refusal::FallingAsleep),
+        Event::Sleep(wanted) if wanted <= depth => Err(Refusal::AlreadyAsleep(depth)),
+        // The probe's connection would be in the way of whatever is deeper.
+        Event::Sleep(_) => Err(Refusal::Probed),
+        Event::Wake | Event::Need | Event::Resume => end(State::Running, &[Effect::Thaw, Effect::Release]),
+        Event::Pause => end(PAUSED, &[Effect::Freeze, Effect::PublishPaused]),
+        Event::Kill => to(here, &[Effect::Kill]),
+        Event::Exited => end(State::Stopped, &[Effect::Thaw, Effect::ReportExit, Effect::Refuse]),
+        Event::ProbeOver => to(back, &[Effect::Refreeze]),
+        // It could not be thawed for the probe, and is watched as before.
+        Event::ThawFailed(_) => to(back, &[]),
+        Event::ReclaimDone { ok } => {
+            let asleep = if ok { Asleep::Reclaimed } else { Asleep::Frozen };
+            to(State::Probed { asleep }, &[])
+        }
+        Event::Probe
+        | Event::RefreezeFailed
+        | Event::FreezeFailed
+        | Event::StartDone { .. }
+        | Event::DumpDone(_)
+        | Event::RestoreDone { .. } => to(here, &[]),
     }
 }

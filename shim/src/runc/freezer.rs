@@ -12,7 +12,8 @@ use super::{FREEZE, RuncContainer, failed, precondition};
 use crate::{
     reclaim::{self, Limit},
     runtime::{ReclaimReport, RuntimeError, Veto},
-    wake::WakeCause,
+    traffic::Visit,
+    wake::{Demand, WakeCause},
     watch::{self, Before, Examined, Interrupted, Watch},
 };
 
@@ -23,17 +24,21 @@ pub(super) struct Frozen {
     examined: Option<Result<Examined, watch::Error>>,
     interrupted: Interrupted,
     watch: Option<Arc<Watch>>,
+    /// Probes that it answers.
+    pub(super) visit: Option<Visit>,
     /// Its memory has been pushed out, as far as it went.
     reclaimed: bool,
 }
 
 /// Runs what blocks beside the shim's only thread.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, RuntimeError> {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, RuntimeError> {
     tokio::task::spawn_blocking(work).await.map_err(failed)
 }
 
 impl RuncContainer {
-    fn processes(&self) -> Result<Vec<Pid>, RuntimeError> {
+    pub(super) fn processes(&self) -> Result<Vec<Pid>, RuntimeError> {
         self.cgroup.procs().map_err(failed)
     }
 
@@ -92,11 +97,12 @@ impl RuncContainer {
     }
 
     /// Completes when the frozen container would have run.
-    pub(super) async fn stirred(&self) -> WakeCause {
+    pub(super) async fn stirred(&self) -> Demand {
         let watch = self.lock().frozen.watch.clone();
-        match watch {
-            Some(watch) => watch.demand().await,
-            None => std::future::pending().await,
+        let Some(watch) = watch else { return std::future::pending().await };
+        match watch.demand().await {
+            WakeCause::Traffic => self.visited(watch).await,
+            cause => Demand::Wake(cause),
         }
     }
 
@@ -105,6 +111,7 @@ impl RuncContainer {
         self.cgroup.thaw().await.map_err(failed)?;
         self.end_watch();
         self.io.set_asleep(false);
+        self.lock().frozen.visit = None;
         let reclaimed = std::mem::take(&mut self.lock().frozen.reclaimed);
         if reclaimed && self.options.prefetch_on_wake {
             self.prefetch();

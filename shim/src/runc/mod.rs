@@ -7,6 +7,7 @@ mod create;
 mod execs;
 mod freezer;
 mod inspect;
+mod probed;
 mod process;
 mod sleep;
 pub mod state_file;
@@ -56,7 +57,7 @@ use crate::{
     },
     stats,
     traffic::Listeners,
-    wake::WakeCause,
+    wake::{Demand, WakeCause},
 };
 
 /// How long a process's last output may take to be passed on when it is deleted; as in containerd's own shim.
@@ -323,6 +324,18 @@ impl Runtime for RuncContainer {
         self.end_watch();
     }
 
+    async fn thaw_for_probe(&self) -> Result<(), RuntimeError> {
+        self.let_answer().await
+    }
+
+    async fn probe_over(&self) -> bool {
+        self.answered().await
+    }
+
+    async fn refreeze(&self) -> Result<(), RuntimeError> {
+        self.sleep_on().await
+    }
+
     fn can_reclaim(&self) -> Result<(), RuntimeError> {
         let swaps = std::path::Path::new("/proc/swaps");
         reclaim::destination(self.cgroup.path(), swaps).map_err(precondition)
@@ -442,11 +455,11 @@ impl Runtime for RuncContainer {
         Ok(())
     }
 
-    async fn demand(&self) -> WakeCause {
+    async fn demand(&self) -> Demand {
         tokio::select! {
-            () = self.io.input_waiting() => WakeCause::Input,
-            cause = self.stirred() => cause,
-            () = self.client() => WakeCause::Traffic,
+            () = self.io.input_waiting() => Demand::Wake(WakeCause::Input),
+            demand = self.stirred() => demand,
+            () = self.client() => Demand::Wake(WakeCause::Traffic),
         }
     }
 

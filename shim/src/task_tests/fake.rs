@@ -18,7 +18,7 @@ use crate::runtime::{
     CheckpointConfig, CreateConfig, DumpReport, ExecConfig, Process, ProcessExit, Reason, Reasons,
     ReclaimReport, Restored, Runtime, RuntimeError, RuntimeFactory, Veto,
 };
-use crate::wake::WakeCause;
+use crate::wake::{Demand, WakeCause};
 
 /// The pid of the first init process; each further process has the next one.
 pub const FIRST_PID: u32 = 1000;
@@ -45,6 +45,7 @@ pub struct Fake {
     inner: Arc<Mutex<Inner>>,
     released: Arc<Notify>,
     input: Arc<Notify>,
+    probe: Arc<Notify>,
 }
 
 impl Fake {
@@ -78,6 +79,11 @@ impl Fake {
     /// Bytes for the standard input arrive.
     pub fn input_arrives(&self) {
         self.input.notify_one();
+    }
+
+    /// A probe arrives, and nothing else.
+    pub fn probe_arrives(&self) {
+        self.probe.notify_one();
     }
 
     /// The process ends with `code`.
@@ -281,9 +287,23 @@ impl Runtime for Fake {
         self.work("delete", "delete".to_owned()).await
     }
 
-    async fn demand(&self) -> WakeCause {
-        self.input.notified().await;
-        WakeCause::Input
+    async fn demand(&self) -> Demand {
+        tokio::select! {
+            () = self.input.notified() => Demand::Wake(WakeCause::Input),
+            () = self.probe.notified() => Demand::Probe,
+        }
+    }
+
+    async fn thaw_for_probe(&self) -> Result<(), RuntimeError> {
+        self.work("thaw for probe", "thaw for probe".to_owned()).await
+    }
+
+    async fn probe_over(&self) -> bool {
+        self.work("probe over", "probe over".to_owned()).await.is_ok()
+    }
+
+    async fn refreeze(&self) -> Result<(), RuntimeError> {
+        self.work("refreeze", "refreeze".to_owned()).await
     }
 
     async fn why(&self) -> Result<Reasons, RuntimeError> {

@@ -19,7 +19,7 @@ use rustix::process::Pid;
 
 pub use self::{
     listeners::Listeners,
-    probes::{NoPrefix, Prefix, Sources},
+    probes::{NoPrefix, Prefix, Progress, Sources, Visit},
 };
 
 /// Why an agent's sockets cannot be held while it sleeps.

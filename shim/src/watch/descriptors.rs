@@ -1,19 +1,17 @@
 //! Duplicates of other processes' descriptors, polled by one epoll.
 
-use std::{
-    collections::HashMap,
-    fs,
-    os::fd::{AsFd, OwnedFd},
-};
+use std::{collections::HashMap, fs, os::fd::OwnedFd};
 
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, epoll, poll},
-    fs::FileType,
+    event::{PollFlags, Timespec, epoll},
     io::Errno,
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-use super::Error;
+use super::{
+    Error,
+    ready::{is_ready, is_stream},
+};
 
 /// Which descriptors are to be watched, and for what.
 pub type Wanted = HashMap<(Pid, i32), epoll::EventFlags>;
@@ -26,7 +24,21 @@ const SPARE: u64 = 128;
 pub struct Duplicates {
     /// Readable as soon as one of the duplicates is ready.
     pub epoll: OwnedFd,
-    held: Vec<OwnedFd>,
+    /// All of them.
+    pub held: Vec<Held>,
+}
+
+/// A duplicate of a descriptor.
+#[derive(Debug)]
+pub struct Held {
+    /// Whose it is.
+    pub process: Pid,
+    /// Its number there.
+    pub number: i32,
+    /// The duplicate.
+    pub duplicate: OwnedFd,
+    /// What it is watched for.
+    pub readiness: epoll::EventFlags,
 }
 
 /// The processes whose descriptors are looked at, by handles that a reuse of their ids does not mislead.
@@ -35,7 +47,7 @@ pub struct Owners(HashMap<Pid, OwnedFd>);
 
 impl Owners {
     /// A duplicate of a descriptor; none when the process has no such descriptor.
-    fn duplicate(&mut self, process: Pid, number: i32) -> Result<Option<OwnedFd>, Error> {
+    pub fn duplicate(&mut self, process: Pid, number: i32) -> Result<Option<OwnedFd>, Error> {
         let owner = match self.0.entry(process) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
             std::collections::hash_map::Entry::Vacant(new) => {
@@ -67,7 +79,7 @@ impl Duplicates {
             // Whoever waits for a closed descriptor waits in vain.
             let Some(duplicate) = owners.duplicate(process, number)? else { continue };
             match epoll::add(&epoll, &duplicate, epoll::EventData::new_u64(0), readiness) {
-                Ok(()) => held.push(duplicate),
+                Ok(()) => held.push(Held { process, number, duplicate, readiness }),
                 // A regular file or a directory: always ready.
                 Err(Errno::PERM) => {
                     return Err(Error::Busy(format!("descriptor {number} of process {process}")));
@@ -97,7 +109,7 @@ impl Duplicates {
 }
 
 /// What an epoll was told to report once only: edge-triggered (1 << 31) or one-shot (1 << 30) registrations.
-const ONCE: u32 = 1 << 31 | 1 << 30;
+pub const ONCE: u32 = 1 << 31 | 1 << 30;
 /// Readable, in an epoll's registration.
 const IN: u32 = 1;
 
@@ -140,7 +152,7 @@ impl Epoll {
     pub fn owes_a_read(&self, owners: &mut Owners, process: Pid) -> Result<bool, Error> {
         for &registered in &self.once {
             let Some(duplicate) = owners.duplicate(process, registered)? else { continue };
-            if is_stream(&duplicate) && is_readable(&duplicate) {
+            if is_stream(&duplicate) && is_ready(&duplicate, PollFlags::IN) {
                 return Ok(true);
             }
         }
@@ -148,22 +160,11 @@ impl Epoll {
     }
 }
 
-fn is_stream(descriptor: &OwnedFd) -> bool {
-    rustix::fs::fstat(descriptor)
-        .is_ok_and(|stat| matches!(FileType::from_raw_mode(stat.st_mode), FileType::Socket | FileType::Fifo))
-}
-
-fn is_readable(descriptor: impl AsFd) -> bool {
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let mut polled = [PollFd::new(&descriptor, PollFlags::IN)];
-    poll(&mut polled, Some(&now)).is_ok() && polled[0].revents().contains(PollFlags::IN)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use rustix::{event::epoll::EventFlags, process::getpid};
-    use std::os::fd::AsRawFd;
+    use std::os::fd::{AsFd, AsRawFd};
 
     use super::*;
 

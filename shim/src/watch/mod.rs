@@ -11,6 +11,7 @@
 
 mod calls;
 mod descriptors;
+mod ready;
 mod threads;
 
 use std::{
@@ -337,6 +338,13 @@ impl Watch {
     /// When the first time comes that the agent waits for.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
+    }
+
+    /// The TCP listeners at which somebody waits, when nothing else is ready of what the agent waits for and no time has
+    /// come; nothing otherwise, or when that cannot be told. Blocks for some microseconds a descriptor.
+    pub fn listeners(&self) -> Option<Vec<std::os::fd::OwnedFd>> {
+        let timely = self.deadline.is_none_or(|deadline| deadline > Instant::now());
+        timely.then(|| ready::listeners(&self.duplicates.held)).flatten()
     }
 
     /// Completes when the agent would have run, and says what for. Nothing is lost when it is dropped and called anew.

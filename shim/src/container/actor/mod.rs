@@ -5,6 +5,7 @@
 //! wake is never kept waiting.
 
 mod execs;
+mod probed;
 mod requests;
 mod sleeps;
 
@@ -16,16 +17,17 @@ use std::{
 
 use containerd_shim::protos::events::task::{TaskExit, TaskPaused};
 use tokio::sync::{mpsc, watch};
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
+use self::probed::Probe;
 use super::{Birth, Journal, Message, Phase, Record, Reply, Snapshot, Transition};
 use crate::{
     error::TaskError,
     events::{EventSink, timestamp},
-    lifecycle::{self, Depth, Effect, Event, Facts, FrozenBy, Refusal, State},
+    lifecycle::{self, Asleep, Depth, Effect, Event, Facts, FrozenBy, Refusal, State},
     probe_commands::{Memory, Recording},
     runtime::{CheckpointConfig, ExecConfig, ExitFuture, Process, ProcessExit, Runtime, RuntimeError, Veto},
-    wake::WakeCause,
+    wake::{Demand, WakeCause},
 };
 
 /// How long input waits after a failed wake before it tries again.
@@ -97,6 +99,10 @@ pub(super) struct Actor {
     start_reply: Option<Reply<u32>>,
     falling: Option<Falling>,
     waking: Option<Waking>,
+    /// The probe that a frozen agent answers.
+    probe: Option<Probe>,
+    /// Counts these probes.
+    probed: u64,
     /// What the next wake is for: the first that needed it.
     cause: Option<WakeCause>,
     /// Counts the init processes: an exit of an earlier one is not the container's.
@@ -135,6 +141,8 @@ impl Actor {
             start_reply: None,
             falling: None,
             waking: None,
+            probe: None,
+            probed: 0,
             cause: None,
             incarnation: 0,
             init_exit: None,
@@ -166,13 +174,10 @@ impl Actor {
                     None => return,
                 },
                 () = until(deaf_until), if asleep && deaf_until.is_some() => self.deaf_until = None,
-                cause = runtime.demand(), if asleep && deaf_until.is_none() => {
-                    info!(id = %self.id, %cause, "a sleeping agent is needed: it wakes");
-                    if let Err(error) = self.apply_for(cause, Event::Need).await {
-                        self.deafen();
-                        warn!(id = %self.id, %cause, %error, "it cannot be woken");
-                    }
-                }
+                demand = runtime.demand(), if asleep && deaf_until.is_none() => match demand {
+                    Demand::Wake(cause) => self.wake_for(cause).await,
+                    Demand::Probe => self.probe().await,
+                },
             }
         }
     }
@@ -232,6 +237,7 @@ impl Actor {
                 }
             }
             Message::ExecExited { exec_id, exit } => self.exec_exited(&exec_id, exit),
+            Message::ProbeOver { number, alone } => self.probe_over(number, alone).await,
             Message::Reclaimed { veto, result } => self.reclaimed(&veto, result).await,
             Message::Dumped(result) => self.dumped(result).await,
             Message::Restored(result) => self.restored(result).await,
@@ -265,6 +271,12 @@ impl Actor {
                 failure = failure.or(Some(error));
                 next = match (effect, before, step.next) {
                     (Effect::Freeze | Effect::Watch, ..) => Some(Event::FreezeFailed),
+                    (Effect::Refreeze, ..) => Some(Event::RefreezeFailed),
+                    (Effect::ThawForProbe, ..) if event == Event::Probe => {
+                        Some(Event::ThawFailed(FrozenBy::Sleep))
+                    }
+                    // One that answers a probe is thawed already.
+                    (_, State::Probed { .. }, State::Running) => continue,
                     (Effect::Thaw, _, State::Running) if event != Event::FreezeFailed => {
                         let State::Frozen { by } = frozen(before) else { continue };
                         self.note_error(failure.as_ref());
@@ -309,8 +321,9 @@ impl Actor {
         let depth = match before {
             State::Frozen { by: FrozenBy::Sleep }
             | State::Reclaiming
+            | State::Probed { asleep: Asleep::Frozen | Asleep::Reclaiming }
             | State::Dumping { asleep: true, killed: false, .. } => Some(Depth::Frozen),
-            State::Reclaimed => Some(Depth::Reclaimed),
+            State::Reclaimed | State::Probed { asleep: Asleep::Reclaimed } => Some(Depth::Reclaimed),
             _ => None,
         };
         match next {
@@ -328,9 +341,14 @@ impl Actor {
             }
             _ => {}
         }
+        let for_a_probe = matches!(event, Event::Probe | Event::ProbeOver | Event::RefreezeFailed)
+            || matches!((before, event), (State::Probed { .. }, Event::ThawFailed(_)));
         self.snapshot.send_modify(|now| {
             now.state = next;
-            now.since = SystemTime::now();
+            // A probe is no change to those who ask since when it sleeps.
+            if !for_a_probe {
+                now.since = SystemTime::now();
+            }
         });
     }
 
@@ -357,6 +375,14 @@ impl Actor {
             Effect::Thaw => {
                 self.runtime.thaw().await.map_err(|error| self.failed("cannot be thawed", error))?;
                 self.record(Phase::Running);
+            }
+            Effect::ThawForProbe => {
+                let thawed = self.runtime.thaw_for_probe().await;
+                thawed.map_err(|error| self.failed("cannot be thawed for a probe", error))?;
+            }
+            Effect::Refreeze => {
+                let frozen = self.runtime.refreeze().await;
+                frozen.map_err(|error| self.failed("cannot sleep on after a probe", error))?;
             }
             Effect::Reclaim => self.begin_reclaim(),
             Effect::CancelReclaim => self.cancel_reclaim(),
@@ -456,7 +482,7 @@ impl Deferred {
 /// The state as far as the freezer knows it.
 fn frozen(state: State) -> State {
     match state {
-        State::Reclaiming | State::Reclaimed => State::Frozen { by: FrozenBy::Sleep },
+        State::Reclaiming | State::Reclaimed | State::Probed { .. } => State::Frozen { by: FrozenBy::Sleep },
         other => other,
     }
 }

@@ -75,6 +75,7 @@ impl Actor {
             State::Frozen { by: FrozenBy::Sleep }
             | State::Reclaiming
             | State::Reclaimed
+            | State::Probed { .. }
             | State::Dumping { .. }
             | State::Checkpointed
             | State::Restoring { .. } => {
@@ -123,6 +124,7 @@ impl Actor {
             State::Frozen { .. }
                 | State::Reclaiming
                 | State::Reclaimed
+                | State::Probed { .. }
                 | State::Dumping { .. }
                 | State::Checkpointed
                 | State::Restoring { .. }
@@ -140,7 +142,7 @@ impl Actor {
     pub(super) async fn checkpoint(&mut self, config: CheckpointConfig, reply: Reply<()>) {
         match self.state() {
             State::Running | State::Frozen { .. } | State::Reclaimed => {}
-            State::Checkpointed | State::Restoring { .. } => {
+            State::Probed { .. } | State::Checkpointed | State::Restoring { .. } => {
                 return self.need(WakeCause::Checkpoint, Deferred::Checkpoint { config, reply }).await;
             }
             State::Created | State::Starting { .. } => {

@@ -189,6 +189,15 @@ impl Actor {
         }
     }
 
+    /// Wakes it for what came from below.
+    pub(super) async fn wake_for(&mut self, cause: WakeCause) {
+        info!(id = %self.id, %cause, "a sleeping agent is needed: it wakes");
+        if let Err(error) = self.apply_for(cause, Event::Need).await {
+            self.deafen();
+            warn!(id = %self.id, %cause, %error, "it cannot be woken");
+        }
+    }
+
     pub(super) async fn wake(&mut self, reply: Reply<Option<Transition>>) {
         // Asked for as such, a wake of a waking agent is refused; all else that needs it joins the wake.
         if matches!(self.state(), State::Restoring { .. }) {

@@ -1,4 +1,4 @@
-//! Exec probes of a sleeping container, driven through the Task API.
+//! Probes of a sleeping container, driven through the Task API.
 
 use agentcube_control::{Control, ProbeCommand, ProbeCommands, ProbesRequest, ProbesResponse};
 
@@ -124,4 +124,121 @@ async fn where_probes_wake_their_commands_are_refused() {
     let refused = shim.probes(Some(&[&["true"]])).await;
     assert!(message(refused).contains("probes = \"answer\""));
     assert_eq!(code(shim.probes(None).await), Code::FAILED_PRECONDITION);
+}
+
+/// What a frozen container does for a probe that it answers.
+const ANSWERED: [&str; 3] = ["thaw for probe", "probe over", "refreeze"];
+
+impl Shim {
+    /// A shim with the container "c", which sleeps at this depth.
+    async fn asleep_at(depth: WireDepth) -> Self {
+        let shim = Self::running().await;
+        shim.sleep_at(depth).await.unwrap();
+        settle().await;
+        shim.fake.calls();
+        shim
+    }
+
+    /// Lets a probe come, and all be done that comes of it.
+    async fn is_probed(&self) {
+        self.fake.probe_arrives();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_probe_of_a_frozen_agent_is_no_wake_and_no_change() {
+    for depth in [WireDepth::DEPTH_FROZEN, WireDepth::DEPTH_RECLAIMED] {
+        let shim = Shim::asleep_at(depth).await;
+        let (before, phase) = (shim.inspect().await, shim.phase());
+        for _ in 0..3 {
+            shim.is_probed().await;
+            assert_eq!(shim.fake.calls(), ANSWERED);
+        }
+        let now = shim.inspect().await;
+        assert_eq!((now.state, now.depth, now.wakes, now.sleeps), (before.state, depth.into(), 0, 1));
+        assert_eq!((now.since_unix_ms, shim.phase()), (before.since_unix_ms, phase));
+        assert!(now.last_wake.is_none() && now.last_error.is_empty());
+        assert_eq!(shim.wake().await.unwrap(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_probe_in_the_middle_of_a_reclaim_does_not_end_it() {
+    let shim = Shim::running().await;
+    shim.fake.hold("reclaim");
+    let asleep = beside!(shim, |_, control: ControlService| async move {
+        let depth = EnumOrUnknown::new(WireDepth::DEPTH_RECLAIMED);
+        let request = SleepRequest { id: "c".to_owned(), depth, ..Default::default() };
+        control.sleep(&ctx(), request).await
+    });
+    shim.fake.calls();
+    shim.is_probed().await;
+    assert_eq!(shim.fake.calls(), ANSWERED);
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_FALLING_ASLEEP);
+    shim.fake.release();
+    asleep.await.unwrap().unwrap();
+    let now = shim.inspect().await;
+    assert_eq!((now.depth.unwrap(), now.wakes), (WireDepth::DEPTH_RECLAIMED, 0));
+}
+
+#[tokio::test]
+async fn an_agent_that_is_still_at_work_after_a_probe_is_given_a_little_time() {
+    let shim = Shim::asleep_at(WireDepth::DEPTH_FROZEN).await;
+    let busy = || RuntimeError::Busy("it works".to_owned());
+    shim.fake.fail_next("refreeze", busy());
+    shim.is_probed().await;
+    assert_eq!(shim.fake.calls(), [&ANSWERED[..], &ANSWERED[..]].concat());
+    assert_eq!(shim.inspect().await.wakes, 0);
+    for _ in 0..100 {
+        shim.fake.fail_next("refreeze", busy());
+    }
+    shim.is_probed().await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let now = shim.inspect().await;
+    assert_eq!((now.state.unwrap(), now.wakes), (WireState::STATE_RUNNING, 1));
+    assert_eq!(now.last_wake.cause, "traffic");
+}
+
+#[tokio::test]
+async fn what_comes_with_a_probe_or_takes_too_long_wakes_the_agent() {
+    let disturbed = || RuntimeError::Failed("a client".to_owned());
+    for what in ["probe over", "refreeze"] {
+        let shim = Shim::asleep_at(WireDepth::DEPTH_RECLAIMED).await;
+        shim.fake.fail_next(what, disturbed());
+        shim.is_probed().await;
+        let now = shim.inspect().await;
+        assert_eq!((now.state.unwrap(), now.wakes), (WireState::STATE_RUNNING, 1), "{what}");
+        assert_eq!(now.last_wake.depth.unwrap(), WireDepth::DEPTH_RECLAIMED);
+    }
+    let shim = Shim::asleep_at(WireDepth::DEPTH_FROZEN).await;
+    shim.fake.hold("probe over");
+    shim.is_probed().await;
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_ASLEEP);
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(shim.inspect().await.wakes, 1);
+}
+
+#[tokio::test]
+async fn a_request_in_the_middle_of_a_probe_wakes_the_agent_and_the_end_of_the_probe_changes_nothing() {
+    let shim = Shim::asleep_at(WireDepth::DEPTH_FROZEN).await;
+    shim.fake.hold("probe over");
+    shim.is_probed().await;
+    assert!(message(shim.sleep().await).contains("answers a probe"));
+    shim.exec("e").await.unwrap();
+    shim.start("e").await.unwrap();
+    assert_eq!(shim.inspect().await.last_wake.cause, "exec");
+    shim.fake.release();
+    settle().await;
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
+    assert!(!shim.fake.calls().contains(&"refreeze".to_owned()));
+}
+
+#[tokio::test]
+async fn a_probe_that_it_cannot_be_thawed_for_leaves_it_asleep() {
+    let shim = Shim::asleep_at(WireDepth::DEPTH_FROZEN).await;
+    shim.fake.fail_next("thaw for probe", RuntimeError::Failed("no".to_owned()));
+    shim.is_probed().await;
+    assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_ASLEEP);
+    assert_eq!(shim.wake().await.unwrap(), 1);
 }

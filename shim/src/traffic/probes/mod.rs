@@ -1,4 +1,7 @@
-//! Probes of a checkpointed agent, answered without waking it.
+//! Probes of a sleeping agent, answered without waking it.
+//!
+//! A frozen agent answers them itself, in a moment that nobody takes for a wake ([`Visit`]). For a checkpointed one the
+//! shim does:
 //!
 //! The kubelet connects from an address of the node. When everybody who waits at a listener comes from there, the shim
 //! accepts them and listens: a probe is answered; whoever wants something else is connected to the agent by the shim,
@@ -8,6 +11,7 @@
 mod attend;
 mod sources;
 mod verdict;
+mod visit;
 
 use std::{
     io,
@@ -28,7 +32,10 @@ use tokio::{net::TcpStream, sync::Semaphore};
 use tracing::warn;
 
 use self::sources::may_probe;
-pub use self::sources::{NoPrefix, Prefix, Sources};
+pub use self::{
+    sources::{NoPrefix, Prefix, Sources},
+    visit::{Progress, Visit},
+};
 
 /// How many clients are listened to at the same time. More are no probes.
 const AT_ONCE: usize = 64;
