@@ -1,5 +1,5 @@
-//! Clients reach an agent whose processes are on the disk as they would a busy one: nobody is refused, reset or answered
-//! wrongly.
+//! Clients reach an agent that is frozen, or whose processes are on the disk, as they would a busy one: nobody is refused,
+//! reset or answered wrongly.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,6 +8,7 @@ mod cycle;
 use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::ops::RangeInclusive;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix;
 use std::thread;
@@ -15,10 +16,21 @@ use std::time::{Duration, Instant};
 
 use agentcube_tests::images::Image;
 use agentcube_tests::node::{Agent, AgentSpec, Net, Node};
-use cycle::{SOON, agent, agentcube, inspect, sleep, start, wakes};
+use cycle::{SOON, agent, agentcube, inspect, sleep, sleep_in_place, start, wakes};
 
 /// Ports of agents that share a node, and its network.
 const PORT: u16 = 8300;
+
+/// How deep an agent sleeps whose clients are not told of it.
+const DEPTHS: [&str; 2] = ["frozen", "checkpointed"];
+
+/// Puts an agent to sleep at one of them.
+fn sleep_at(node: &Node, agent: &Agent, depth: &str) {
+    match depth {
+        "checkpointed" => sleep(node, agent),
+        _ => sleep_in_place(node, agent, depth),
+    }
+}
 
 /// A server of `kind`, in a network of its own.
 fn door(kind: &str) -> AgentSpec {
@@ -132,8 +144,8 @@ fn one_client_wakes_an_agent_that_waits_in_epoll() {
 }
 
 /// Puts a server to sleep, has one client each reach it at these addresses at once, and gives back who answered.
-fn wake_by(node: &Node, agent: &Agent, doors: &[(&str, u16)]) -> Vec<String> {
-    sleep(node, agent);
+fn wake_by(node: &Node, agent: &Agent, depth: &str, doors: &[(&str, u16)]) -> Vec<String> {
+    sleep_at(node, agent, depth);
     let before = wakes(node, agent);
     let answers = agent
         .inside(|| {
@@ -161,11 +173,13 @@ fn each_of_several_listeners_wakes_an_agent_by_either_protocol_and_on_the_loopba
         ("::1", PORT + 2, "door 2"),
         ("::1", PORT + 3, "door 3"),
     ];
-    for (address, port, name) in doors {
-        assert_eq!(wake_by(&node, &agent, &[(address, port)]), [name]);
-    }
     let all = doors.map(|(address, port, _)| (address, port));
-    assert_eq!(wake_by(&node, &agent, &all), doors.map(|(_, _, name)| name));
+    for depth in DEPTHS {
+        for (address, port, name) in doors {
+            assert_eq!(wake_by(&node, &agent, depth, &[(address, port)]), [name]);
+        }
+        assert_eq!(wake_by(&node, &agent, depth, &all), doors.map(|(_, _, name)| name));
+    }
     assert_eq!(inspect(&node, &agent)["last_wake"]["cause"], "traffic");
 }
 
@@ -173,8 +187,8 @@ fn each_of_several_listeners_wakes_an_agent_by_either_protocol_and_on_the_loopba
 fn a_server_that_blocks_in_accept_and_speaks_first_greets_who_woke_it() {
     let node = start();
     let agent = run(&node, &door("blocking"));
-    for _ in 0..3 {
-        assert_eq!(wake_by(&node, &agent, &[("127.0.0.1", PORT); 3]), ["blocking"; 3]);
+    for depth in [DEPTHS; 3].concat() {
+        assert_eq!(wake_by(&node, &agent, depth, &[("127.0.0.1", PORT); 3]), ["blocking"; 3]);
     }
 }
 
@@ -182,8 +196,8 @@ fn a_server_that_blocks_in_accept_and_speaks_first_greets_who_woke_it() {
 fn workers_that_share_a_listener_serve_who_woke_them() {
     let node = start();
     let agent = run(&node, &door("forked"));
-    for _ in 0..3 {
-        let answers = wake_by(&node, &agent, &[("127.0.0.1", PORT); 8]);
+    for depth in [DEPTHS; 3].concat() {
+        let answers = wake_by(&node, &agent, depth, &[("127.0.0.1", PORT); 8]);
         assert!(answers.iter().all(|name| name.starts_with("worker ")), "{answers:?}");
     }
 }
@@ -192,8 +206,8 @@ fn workers_that_share_a_listener_serve_who_woke_them() {
 fn a_group_of_listeners_on_one_port_loses_nobody() {
     let node = start();
     let agent = run(&node, &door("group"));
-    for _ in 0..3 {
-        let answers = wake_by(&node, &agent, &[("127.0.0.1", PORT); 40]);
+    for depth in [DEPTHS; 3].concat() {
+        let answers = wake_by(&node, &agent, depth, &[("127.0.0.1", PORT); 40]);
         assert!(answers.iter().all(|name| name.starts_with("door ")), "{answers:?}");
     }
 }
@@ -219,7 +233,7 @@ fn a_listener_is_after_a_wake_what_it_was_before() {
         };
         assert_eq!(before, expected);
         for turn in 2..=4 {
-            wake_by(&node, &agent, &[("127.0.0.1", PORT); 2]);
+            wake_by(&node, &agent, "checkpointed", &[("127.0.0.1", PORT); 2]);
             assert_eq!(describe(turn * each), before);
         }
     }
@@ -229,8 +243,9 @@ fn a_listener_is_after_a_wake_what_it_was_before() {
 fn a_client_that_comes_and_goes_while_the_agent_sleeps_does_no_harm() {
     let node = start();
     let agent = run(&node, &door("blocking"));
-    for linger in [None, Some(Duration::ZERO)] {
-        sleep(&node, &agent);
+    let ends = [None, Some(Duration::ZERO)];
+    for (depth, linger) in DEPTHS.iter().flat_map(|depth| ends.map(|linger| (depth, linger))) {
+        sleep_at(&node, &agent, depth);
         agent
             .inside(|| {
                 let (stream, took) = connect("127.0.0.1", PORT);
@@ -244,36 +259,40 @@ fn a_client_that_comes_and_goes_while_the_agent_sleeps_does_no_harm() {
     }
 }
 
+/// Sends so many messages before it reads the first answer; gives back all answers.
+fn send_at_once(numbers: RangeInclusive<usize>) -> String {
+    let (mut stream, _) = connect("127.0.0.1", PORT);
+    let last = *numbers.end();
+    let mut text = String::new();
+    for number in numbers {
+        let end = if number == last { "close" } else { "keep-alive" };
+        let body = format!("message {number}");
+        let length = body.len();
+        write!(text, "POST /chat HTTP/1.1\r\nConnection: {end}\r\nContent-Length: {length}\r\n\r\n{body}")
+            .unwrap();
+    }
+    stream.write_all(text.as_bytes()).unwrap();
+    let mut answers = String::new();
+    stream.read_to_string(&mut answers).unwrap();
+    answers
+}
+
 #[test]
 fn requests_sent_in_one_go_are_answered_in_order_by_an_agent_that_slept() {
     let node = start();
     let agent = node.run_agent(&agent(Image::Python, "a").net(Net::Pod).port(PORT)).unwrap();
     agent.wait_healthy().unwrap();
-    sleep(&node, &agent);
-    let answers = agent
-        .inside(|| {
-            let (mut stream, _) = connect("127.0.0.1", PORT);
-            let mut text = String::new();
-            for turn in 1..=20 {
-                let end = if turn == 20 { "close" } else { "keep-alive" };
-                let body = format!("message {turn}");
-                let length = body.len();
-                write!(
-                    text,
-                    "POST /chat HTTP/1.1\r\nConnection: {end}\r\nContent-Length: {length}\r\n\r\n{body}"
-                )
-                .unwrap();
-            }
-            stream.write_all(text.as_bytes()).unwrap();
-            let mut answers = String::new();
-            stream.read_to_string(&mut answers).unwrap();
-            answers
-        })
-        .unwrap();
-    let turns: Vec<_> =
-        answers.match_indices("\"turn\": ").map(|(at, _)| &answers[at + 8..at + 10]).collect();
-    let expected: Vec<_> = (1..=20).map(|turn| format!("{turn},")[..2].to_owned()).collect();
-    assert_eq!(turns, expected, "{answers}");
+    for (depth, first) in DEPTHS.into_iter().zip([1, 21]) {
+        sleep_at(&node, &agent, depth);
+        let last = first + 19;
+        let answers = agent.inside(|| send_at_once(first..=last)).unwrap();
+        let turns: Vec<usize> = answers
+            .split("\"turn\": ")
+            .skip(1)
+            .map(|text| text.split(',').next().unwrap().parse().unwrap())
+            .collect();
+        assert_eq!(turns, (first..=last).collect::<Vec<_>>(), "{answers}");
+    }
 }
 
 #[test]
@@ -345,13 +364,13 @@ fn datagrams_wake_an_agent_and_each_is_answered_from_where_it_was_sent_to() {
     for (kind, addresses) in [("udp", &["127.0.0.1"][..]), ("udp6", &["::1", "127.0.0.1"])] {
         let agent = run(&node, &door(kind));
         for address in addresses {
-            for _ in 0..3 {
-                sleep(&node, &agent);
+            for depth in [DEPTHS; 3].concat() {
+                sleep_at(&node, &agent, depth);
                 let answers = agent.inside(|| echo(address, 50)).unwrap();
                 assert_eq!(answers, (0..50).map(|number| format!("echo: {number:02}")).collect::<Vec<_>>());
             }
         }
-        assert_eq!(wakes(&node, &agent), 3 * addresses.len() as u64);
+        assert_eq!(wakes(&node, &agent), 6 * addresses.len() as u64);
     }
 }
 
@@ -363,12 +382,12 @@ fn datagrams_of_another_machine_are_answered_by_the_address_of_the_pod() {
          ip addr add 10.77.0.1/24 dev pod0; ip link set pod0 up
          ip -n udp addr add 10.77.0.2/24 dev eth0; ip -n udp link set eth0 up")
         .unwrap();
-    for _ in 0..3 {
-        sleep(&node, &agent);
+    for depth in [DEPTHS; 3].concat() {
+        sleep_at(&node, &agent, depth);
         let answers = node.inside(|| echo("10.77.0.2", 20)).unwrap();
         assert_eq!(answers, (0..20).map(|number| format!("echo: {number:02}")).collect::<Vec<_>>());
     }
-    assert_eq!(wakes(&node, &agent), 3);
+    assert_eq!(wakes(&node, &agent), 6);
 }
 
 #[test]
