@@ -1,5 +1,7 @@
 //! What the Task API and the control service do around sleeps and wakes.
 
+mod phases;
+
 use agentcube_control::{
     Control, Depth as WireDepth, SleepRequest, State as WireState, StatusRequest, WakeRequest,
 };
