@@ -1,11 +1,14 @@
-//! Random orders of events against the life-cycle, with a model of what its effects bring about.
+//! Random orders of events against the life-cycle, and all events in all situations that any order leads to, with a
+//! model of what its effects bring about.
+
+use std::collections::{HashSet, VecDeque};
 
 use proptest::prelude::*;
 
 use super::*;
 
 /// What is true outside the state machine while it runs.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct World {
     processes: bool,
     frozen: bool,
@@ -24,10 +27,12 @@ struct World {
     no_freeze: bool,
     /// The next thaw fails.
     no_thaw: bool,
+    /// An exec lives in it.
+    exec: bool,
 }
 
 /// What the outside does next.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Move {
     Ask(Event),
     /// Let the work under way end, this way.
@@ -38,7 +43,27 @@ enum Move {
     Crash,
     FreezeFails,
     ThawFails,
+    /// An exec begins or ends, if the agent runs.
+    Exec,
 }
+
+const MOVES: [Move; 15] = [
+    Move::Ask(Event::Start),
+    Move::Ask(Event::Sleep(Depth::Frozen)),
+    Move::Ask(Event::Sleep(Depth::Reclaimed)),
+    Move::Ask(Event::Sleep(Depth::Checkpointed)),
+    Move::Ask(Event::Wake),
+    Move::Ask(Event::Need),
+    Move::Ask(Event::Pause),
+    Move::Ask(Event::Resume),
+    Move::Ask(Event::Kill),
+    Move::Finish { ok: true },
+    Move::Finish { ok: false },
+    Move::Crash,
+    Move::FreezeFails,
+    Move::ThawFails,
+    Move::Exec,
+];
 
 fn moves() -> impl Strategy<Value = Move> {
     prop_oneof![
@@ -57,6 +82,7 @@ fn moves() -> impl Strategy<Value = Move> {
         1 => Just(Move::Crash),
         1 => Just(Move::FreezeFails),
         1 => Just(Move::ThawFails),
+        1 => Just(Move::Exec),
     ]
 }
 
@@ -134,16 +160,25 @@ impl World {
     }
 }
 
+#[derive(Debug, Clone)]
 struct Model {
     state: State,
     world: World,
 }
 
 impl Model {
+    fn new() -> Self {
+        Self { state: State::Created, world: World::new() }
+    }
+
+    fn facts(&self) -> Facts {
+        Facts { live_execs: usize::from(self.world.exec), checkpoints: 0 }
+    }
+
     fn event(&mut self, event: Event) {
         let queued = event == Event::Need;
         let before = self.state;
-        match step(before, Facts::default(), event) {
+        match step(before, self.facts(), event) {
             Ok(step) => {
                 if queued {
                     self.world.waiting += 1;
@@ -190,6 +225,10 @@ impl Model {
             Move::Crash => self.die(),
             Move::FreezeFails => self.world.no_freeze = true,
             Move::ThawFails => self.world.no_thaw = true,
+            Move::Exec if self.state == State::Running && self.world.processes => {
+                self.world.exec = !self.world.exec;
+            }
+            Move::Exec => {}
         }
         if self.world.kill_pending && !self.world.dumping && !self.world.restoring {
             self.world.kill_pending = false;
@@ -201,6 +240,7 @@ impl Model {
     fn die(&mut self) {
         if self.world.processes && !self.world.restoring {
             self.world.processes = false;
+            self.world.exec = false;
             self.event(Event::Exited);
         }
     }
@@ -233,6 +273,7 @@ impl Model {
     fn check(&self) {
         let World { processes, frozen, watched, reclaiming, image, reports, .. } = self.world;
         assert!(reports <= 1, "the exit was reported {reports} times");
+        assert!(!(self.state.sleeps() && self.world.exec), "an exec lives in a sleeping agent");
         match self.state {
             State::Checkpointed => assert!(image && !processes, "asleep without an image: {:?}", self.world),
             State::Stopped => {
@@ -272,7 +313,7 @@ proptest! {
     /// its exit is reported once, and no request waits for ever.
     #[test]
     fn no_order_of_events_loses_the_state(moves in prop::collection::vec(moves(), 1..60)) {
-        let mut model = Model { state: State::Created, world: World::new() };
+        let mut model = Model::new();
         for next in moves {
             model.make(next);
             model.check();
@@ -294,6 +335,63 @@ proptest! {
             prop_assert_eq!(slept.is_ok(), live_execs == 0 && checkpoints == 0);
         }
     }
+}
+
+/// Tells, when a check fails, which moves led there.
+struct Trace<'a>(&'a [Move], Move);
+
+impl Drop for Trace<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("after {:?}, at {:?}", self.0, self.1);
+        }
+    }
+}
+
+/// Not a sample but all of them: each situation that can be reached, and in it each move. More than two requests that
+/// wait are like two.
+#[test]
+fn every_event_in_every_situation_that_can_be_reached_keeps_the_state() {
+    let mut seen = HashSet::new();
+    let mut states = HashSet::new();
+    let mut ahead = VecDeque::from([(Model::new(), Vec::new())]);
+    while let Some((model, path)) = ahead.pop_front() {
+        states.insert(format!("{:?}", model.state));
+        for next in MOVES {
+            let _trace = Trace(&path, next);
+            let mut after = model.clone();
+            after.make(next);
+            after.check();
+            after.world.waiting = after.world.waiting.min(2);
+            if seen.insert(format!("{after:?}")) {
+                let mut path = path.clone();
+                path.push(next);
+                ahead.push_back((after, path));
+            }
+        }
+    }
+    println!("{} situations, {} states", seen.len(), states.len());
+    for state in every_state() {
+        assert!(states.remove(&format!("{state:?}")), "{state:?} is never reached");
+    }
+    assert!(states.is_empty(), "{states:?}");
+}
+
+/// All states that a container can be in.
+fn every_state() -> Vec<State> {
+    let by = [FrozenBy::Client, FrozenBy::Sleep];
+    let mut states =
+        vec![State::Created, State::Running, State::Reclaiming, State::Reclaimed, State::Checkpointed];
+    states.push(State::Stopped);
+    states.extend(by.map(|by| State::Frozen { by }));
+    for flag in [false, true] {
+        states.extend([State::Starting { exited: flag }, State::Restoring { killed: flag }]);
+    }
+    for bits in 0..16u8 {
+        let bit = |place: u8| bits >> place & 1 == 1;
+        states.push(State::Dumping { asleep: bit(0), woken: bit(1), killed: bit(2), exited: bit(3) });
+    }
+    states
 }
 
 #[test]
