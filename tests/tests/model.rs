@@ -1,55 +1,93 @@
 //! A real container under random operations, compared with a model of what must be true of it.
+//!
+//! `AGENTCUBE_MODEL_SECONDS` sets how long (a minute when it is not set), `AGENTCUBE_MODEL_SEED` repeats a run:
+//! ```text
+//! AGENTCUBE_MODEL_SECONDS=600 cargo test --test model -- --nocapture
+//! ```
 
 #![allow(clippy::unwrap_used)]
 
 mod sleeper;
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use agentcube_tests::node::{Agent, Node, Output};
 use serde_json::Value;
-use sleeper::{agentcube, inspect, python, start};
+use sleeper::{SOON, agentcube, inspect, python, start};
 
-/// How long it runs; `AGENTCUBE_MODEL_SECONDS` sets another time.
+/// How long it runs when nothing else is said.
 const TIME: Duration = Duration::from_mins(1);
+/// How many operations there are at least, however slow the machine is.
+const LEAST: usize = 30;
+/// How many ask at once in a burst.
+const BURST: u64 = 8;
 
 /// What is done to the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Operation {
-    Freeze,
-    Checkpoint,
+    Sleep(&'static str),
     Deepest,
     Wake,
     Pause,
     Resume,
     Ask,
     Tell,
+    /// Several that ask at the same time.
+    Burst,
     Exec,
     Signal,
+    /// Its end; another one is begun in its place.
+    Kill,
+    /// containerd ends and begins anew.
+    Restart,
     /// A sleep and a request at the same time.
     Race(&'static str),
     /// A sleep and a wake at the same time.
     Quarrel(&'static str),
+    /// A sleep, or a wake of one that sleeps, while containerd ends and begins anew.
+    RestartAmid(&'static str),
 }
 
-const OPERATIONS: [Operation; 16] = [
-    Operation::Freeze,
-    Operation::Freeze,
-    Operation::Checkpoint,
+const OPERATIONS: [Operation; 29] = [
+    Operation::Sleep("frozen"),
+    Operation::Sleep("frozen"),
+    Operation::Sleep("reclaimed"),
+    Operation::Sleep("reclaimed"),
+    Operation::Sleep("checkpointed"),
+    Operation::Sleep("checkpointed"),
     Operation::Deepest,
     Operation::Wake,
     Operation::Wake,
     Operation::Pause,
     Operation::Resume,
+    Operation::Resume,
     Operation::Ask,
     Operation::Tell,
     Operation::Tell,
+    Operation::Burst,
+    Operation::Exec,
     Operation::Exec,
     Operation::Signal,
+    Operation::Kill,
+    Operation::Restart,
     Operation::Race("frozen"),
+    Operation::Race("reclaimed"),
+    Operation::Race("checkpointed"),
     Operation::Quarrel("frozen"),
+    Operation::Quarrel("reclaimed"),
     Operation::Quarrel("checkpointed"),
+    Operation::RestartAmid("frozen"),
+    Operation::RestartAmid("checkpointed"),
 ];
+
+/// From the shallowest to the deepest.
+const DEPTHS: [&str; 3] = ["frozen", "reclaimed", "checkpointed"];
+
+fn is_deeper(depth: &str, than: &str) -> bool {
+    let place = |depth| DEPTHS.iter().position(|known| *known == depth);
+    place(depth) > place(than)
+}
 
 /// What must be true of the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +114,8 @@ struct Run<'node> {
     agent: Agent<'node>,
     model: Model,
     turns: u64,
+    /// Whether there is anything to reclaim to.
+    swap: bool,
     history: Vec<Operation>,
 }
 
@@ -83,12 +123,16 @@ impl Run<'_> {
     fn sleep(&mut self, depth: &'static str, words: &[&str]) {
         let line: Vec<&str> = ["sleep", "a"].iter().chain(words).copied().collect();
         let slept = agentcube(self.node, &line);
-        match self.model {
-            Model::Awake => self.expect(&slept, true),
-            Model::Asleep("frozen") if depth == "checkpointed" => self.expect(&slept, true),
-            Model::Asleep(_) | Model::Paused => return self.expect(&slept, false),
+        let possible = self.swap || depth != "reclaimed";
+        let falls = match self.model {
+            Model::Awake => possible,
+            Model::Asleep(now) => possible && is_deeper(depth, now),
+            Model::Paused => false,
+        };
+        self.expect(&slept, falls);
+        if falls {
+            self.model = Model::Asleep(depth);
         }
-        self.model = Model::Asleep(depth);
     }
 
     /// Something that needs the agent awake.
@@ -111,8 +155,7 @@ impl Run<'_> {
     fn perform(&mut self, operation: Operation) {
         self.history.push(operation);
         match operation {
-            Operation::Freeze => self.sleep("frozen", &["--depth", "frozen"]),
-            Operation::Checkpoint => self.sleep("checkpointed", &["--depth", "checkpointed"]),
+            Operation::Sleep(depth) => self.sleep(depth, &["--depth", depth]),
             Operation::Deepest => self.sleep("checkpointed", &["--or-shallower"]),
             Operation::Wake => {
                 let woke = agentcube(self.node, &["wake", "a"]);
@@ -130,9 +173,8 @@ impl Run<'_> {
                 self.expect(&resumed, self.model != Model::Awake);
                 self.model = Model::Awake;
             }
-            // A checkpointed agent does not listen; a paused one does not answer.
-            Operation::Ask | Operation::Tell
-                if !matches!(self.model, Model::Awake | Model::Asleep("frozen")) => {}
+            // A paused one does not answer.
+            Operation::Ask | Operation::Tell | Operation::Burst if self.model == Model::Paused => {}
             Operation::Ask => {
                 assert_eq!(self.agent.turn().unwrap(), self.turns);
                 self.model = Model::Awake;
@@ -140,6 +182,18 @@ impl Run<'_> {
             Operation::Tell => {
                 self.turns += 1;
                 assert_eq!(self.agent.chat("remember this").unwrap().turn, self.turns);
+                self.model = Model::Awake;
+            }
+            Operation::Burst => {
+                self.turns += BURST;
+                let ask = || self.agent.chat("one of many").unwrap().turn;
+                let mut turns: Vec<u64> = std::thread::scope(|scope| {
+                    let asked: Vec<_> = (0..BURST).map(|_| scope.spawn(ask)).collect();
+                    asked.into_iter().map(|asked| asked.join().unwrap()).collect()
+                });
+                turns.sort_unstable();
+                let expected: Vec<u64> = (self.turns - BURST + 1..=self.turns).collect();
+                assert_eq!(turns, expected, "{:?}", self.history);
                 self.model = Model::Awake;
             }
             Operation::Exec if self.model == Model::Paused => {}
@@ -153,9 +207,35 @@ impl Run<'_> {
                 let sent = self.ctr(&["task", "kill", "--signal", "SIGCONT", "a"]);
                 self.needs(&sent);
             }
+            Operation::Kill => self.kill(),
+            Operation::Restart => self.node.restart_containerd().unwrap(),
             Operation::Race(depth) => self.race(depth),
             Operation::Quarrel(depth) => self.quarrel(depth),
+            Operation::RestartAmid(depth) => self.restart_amid(depth),
         }
+    }
+
+    fn kill(&mut self) {
+        self.agent.kill("SIGKILL").unwrap();
+        assert_eq!(self.agent.wait_and_delete(SOON).unwrap(), 137, "{:?}", self.history);
+        self.agent = self.node.run_agent(&python("a")).unwrap();
+        self.agent.wait_healthy().unwrap();
+        (self.model, self.turns) = (Model::Awake, 0);
+    }
+
+    fn restart_amid(&mut self, depth: &'static str) {
+        std::thread::scope(|scope| {
+            let restarted = scope.spawn(|| self.node.restart_containerd().unwrap());
+            match self.model {
+                Model::Awake => self.sleep(depth, &["--depth", depth]),
+                Model::Asleep(_) => {
+                    let woke = agentcube(self.node, &["wake", "a"]);
+                    self.needs(&woke);
+                }
+                Model::Paused => {}
+            }
+            restarted.join().unwrap();
+        });
     }
 
     fn race(&mut self, depth: &'static str) {
@@ -189,8 +269,9 @@ impl Run<'_> {
         let now = self.told();
         self.model = match (now["state"].as_str(), now["depth"].as_str()) {
             (Some("running"), _) => Model::Awake,
-            (Some("asleep"), Some("frozen")) => Model::Asleep("frozen"),
-            (Some("asleep"), Some("checkpointed")) => Model::Asleep("checkpointed"),
+            (Some("asleep"), Some(depth)) => {
+                Model::Asleep(DEPTHS.into_iter().find(|known| *known == depth).unwrap())
+            }
             _ => panic!("after {:?}: {now:#}", self.history),
         };
     }
@@ -224,9 +305,10 @@ fn whatever_is_done_to_an_agent_in_whatever_order_it_is_as_its_model_and_forgets
     let time = number("AGENTCUBE_MODEL_SECONDS").map_or(TIME, Duration::from_secs);
     println!("AGENTCUBE_MODEL_SEED={seed}");
     let mut random = Random(seed);
-    let mut run = Run { node: &node, agent, model: Model::Awake, turns: 0, history: Vec::new() };
+    let swap = node.read_file("/proc/swaps").unwrap().lines().count() > 1;
+    let mut run = Run { node: &node, agent, model: Model::Awake, turns: 0, swap, history: Vec::new() };
     let begun = Instant::now();
-    while begun.elapsed() < time {
+    while begun.elapsed() < time || run.history.len() < LEAST {
         run.perform(OPERATIONS[random.next(OPERATIONS.len())]);
         run.check();
     }
@@ -236,7 +318,9 @@ fn whatever_is_done_to_an_agent_in_whatever_order_it_is_as_its_model_and_forgets
     }
     run.perform(Operation::Wake);
     run.perform(Operation::Ask);
-    let now = run.told();
-    println!("{} operations, {} sleeps, {} turns", run.history.len(), now["sleeps"], run.turns);
-    assert!(run.history.len() > 50, "{} operations only", run.history.len());
+    let mut counts = BTreeMap::new();
+    for operation in &run.history {
+        *counts.entry(format!("{operation:?}")).or_insert(0) += 1;
+    }
+    println!("{} operations in {:?}: {counts:?}", run.history.len(), begun.elapsed());
 }
