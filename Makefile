@@ -89,6 +89,9 @@ test-vm: setup
 	$(IN_VM) --test live -- incremental a_counter_goes_on_over_five_cycles runc_works_on_a_restored_container
 	$(IN_VM) --test fast memory_is_written_in_advance
 	$(IN_VM) --test limits
+	$(IN_VM) --test reclaim
+	$(IN_VM) --test clients wake
+	AGENTCUBE_MODEL_SECONDS=40 $(IN_VM) --test model
 else
 test-vm:
 	@echo "skipped: virtual nodes exist on x86_64 alone"

@@ -68,7 +68,7 @@ fn a_websocket_stays_established_while_its_agent_sleeps_and_frames_wake_it() {
     let agent = run(&node, &websockets("a"));
     let mut socket = upgraded(&agent);
     let mut silent = upgraded(&agent);
-    let large = "all of it, ".repeat(20_000);
+    let large = "all of it, ".repeat(6000);
     let mut number = 0;
     for depth in depths_in_place(&node) {
         for _ in 0..3 {

@@ -7,7 +7,7 @@ mod sleeper;
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
+    net::{TcpStream, UdpSocket},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -16,7 +16,7 @@ use std::{
 use agentcube_tests::{
     images::Image,
     memory,
-    node::{Agent, AgentSpec, Node},
+    node::{Agent, AgentSpec, Net, Node},
 };
 use serde_json::Value;
 use sleeper::{SOON, agentcube, assert_refused, inspect, python, spec, start};
@@ -332,6 +332,51 @@ fn an_agent_that_is_at_work_is_not_put_to_sleep() {
     let refused = agentcube(&node, &["sleep", "--depth", "frozen", "busy"]);
     assert_refused(&refused, &["at work", "python3"]);
     assert!(!is_asleep(&node, &busy));
+}
+
+/// Sends a datagram to somebody else about so often until it is told to stop.
+fn chatter(pause: Duration, stop: &AtomicBool) -> usize {
+    let [from, to] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+    let mut sent = 0;
+    while !stop.load(Ordering::Relaxed) {
+        from.send_to(b"not for you", to.local_addr().unwrap()).unwrap();
+        to.recv(&mut [0; 16]).unwrap();
+        sent += 1;
+        thread::sleep(pause);
+    }
+    sent
+}
+
+#[test]
+fn packets_for_others_on_its_network_neither_keep_an_agent_awake_nor_wake_it() {
+    // It takes what it waits for with the very call in which it waits.
+    const ACCEPT: &str = "
+import socket
+s = socket.create_server(('0.0.0.0', 8080))
+print('ready')
+while True:
+    c, _ = s.accept()
+    c.sendall(b'hello')
+    c.close()
+";
+    let node = start();
+    let agent = run(&node, &program("a", ACCEPT).net(Net::Host));
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let others = scope.spawn(|| node.inside(|| chatter(Duration::from_millis(4), &stop)).unwrap());
+        for _ in 0..10 {
+            let frozen = || Ok(agentcube(&node, &["sleep", "--depth", "frozen", "a"]).status == 0);
+            node.wait_until("it to sleep", SOON, frozen).unwrap();
+            thread::sleep(QUIET);
+            assert!(is_asleep(&node, &agent), "{}", last_wake(&node, &agent));
+            let mut greeting = String::new();
+            agent.connect().unwrap().read_to_string(&mut greeting).unwrap();
+            assert_eq!(greeting, "hello");
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(others.join().unwrap() > 200);
+    });
+    woke_for(&node, &agent, "traffic");
 }
 
 #[test]

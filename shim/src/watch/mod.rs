@@ -235,7 +235,7 @@ pub struct Examined {
     wanted: Wanted,
     deadline: Option<Instant>,
     takes: bool,
-    packets: Option<u64>,
+    packets_came: bool,
     processes: Vec<Pid>,
 }
 
@@ -250,6 +250,9 @@ pub fn examine(
     frozen: Instant,
     interrupted: &mut Interrupted,
 ) -> Result<Examined, Error> {
+    // At once: nobody of the agent can have taken a packet that comes from now on.
+    let packets = processes.first().and_then(|&first| threads::packets(first));
+    let packets_came = packets != before.packets;
     let mut wanted = Wanted::new();
     let mut deadlines = Vec::new();
     let mut takes = false;
@@ -277,7 +280,7 @@ pub fn examine(
     }
     *interrupted = Interrupted(remembered);
     outcome?;
-    Ok(Examined { wanted, deadline: deadlines.into_iter().min(), takes, packets: before.packets, processes })
+    Ok(Examined { wanted, deadline: deadlines.into_iter().min(), takes, packets_came, processes })
 }
 
 /// Takes duplicates of what a frozen agent waits for. Blocks for some microseconds a descriptor.
@@ -285,7 +288,7 @@ pub fn examine(
 /// # Errors
 /// [`Error`], and nothing is held.
 pub fn watch(examined: Examined) -> Result<Prepared, Error> {
-    let Examined { wanted, deadline, takes, packets, processes } = examined;
+    let Examined { wanted, deadline, takes, packets_came, processes } = examined;
     let mut owners = Owners::default();
     let mut told = false;
     for &(process, number) in wanted.keys() {
@@ -297,7 +300,7 @@ pub fn watch(examined: Examined) -> Result<Prepared, Error> {
             return Err(Error::Busy(format!("process {process} has not read all that it was told of")));
         }
     }
-    if (takes || told) && processes.first().and_then(|&first| threads::packets(first)) != packets {
+    if (takes || told) && packets_came {
         return Err(Error::Busy("packets came as it was frozen".to_owned()));
     }
     let duplicates = Duplicates::take(&mut owners, &wanted)?;

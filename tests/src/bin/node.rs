@@ -162,7 +162,10 @@ fn virtual_machine(verb: VmVerb) -> anyhow::Result<i32> {
     match verb {
         VmVerb::Run { kernel, memory, timeout, words } => {
             // What a test run is told goes on into the machine.
-            let env = std::env::vars().filter(|(name, _)| name.starts_with("RUST_")).collect();
+            let told = ["RUST_", "AGENTCUBE_MODEL_"];
+            let env = std::env::vars()
+                .filter(|(name, _)| told.iter().any(|prefix| name.starts_with(prefix)))
+                .collect();
             let timeout = Duration::from_secs(timeout);
             let options = VmOptions { kernel, memory_mib: memory, timeout, env, ..VmOptions::default() };
             Ok(vm::run(&options, &words, std::io::stdout())?)
