@@ -6,6 +6,8 @@ mod cycle;
 
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -151,12 +153,27 @@ fn what_keeps_an_agent_from_being_checkpointed_is_told_without_disturbing_it() {
         ("fault", "import ctypes; assert ctypes.CDLL(None).syscall(323, 1) > 0", &["userfaultfd"]),
         ("family", "s = socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)", &["socket"]),
         ("mptcp", "s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)", &["socket"]),
+        // With FAN_REPORT_FID it is for everybody.
+        ("fanotify", "import ctypes; assert ctypes.CDLL(None).syscall(300, 0x200, 0) > 0", &["fanotify"]),
+        ("userns", "if not os.fork(): os.unshare(os.CLONE_NEWUSER); time.sleep(1000)", &["namespace"]),
+        ("device", "f = open('/dev/loop-control')", &["device"]),
+        ("peer", "s = socket.socket(socket.AF_UNIX); s.connect('\\0outside')", &["unix-peer"]),
+        ("door", "s = socket.socket(socket.AF_UNIX); s.bind('/volume/door'); s.listen()", &["unix-listener"]),
+        ("hidden", "s = socket.socket(socket.AF_UNIX); s.bind('/tmp/door'); s.listen()", &[]),
     ];
+    node.sh("mkdir /run/volume").unwrap();
+    let name = SocketAddr::from_abstract_name("outside").unwrap();
+    let outside = node.inside(|| UnixListener::bind_addr(&name).unwrap()).unwrap();
     for (id, code, expected) in cases {
         let code = format!(
             "import os, socket, time\ntry:\n  {code}\n  print('ready', flush=True)\nexcept Exception as e:\n  print('ready, but', e, flush=True)\ntime.sleep(1000)"
         );
-        let agent = run(&node, &agent(Image::Python, id).args(&["python3", "-c", &code]));
+        let spec = agent(Image::Python, id)
+            .mount("type=bind,src=/run/volume,dst=/volume,options=rbind:rw")
+            .flag("--device=/dev/loop-control")
+            .args(&["python3", "-c", &code]);
+        let agent = run(&node, &spec);
+        let _accepted = (id == "peer").then(|| outside.accept().unwrap());
         let log = agent.log().unwrap();
         if log.contains("but") {
             eprintln!("{id} cannot be tried on this machine: {log}");

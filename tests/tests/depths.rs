@@ -218,6 +218,10 @@ fn timers_wake_an_agent_in_time_however_it_waits_for_them() {
         after("epoll", "select.epoll().poll(4)"),
         after("asyncio", "asyncio.run(asyncio.sleep(4))"),
         after("lock", "threading.Event().wait(4)"),
+        after(
+            "timerfd",
+            "f = os.timerfd_create(time.CLOCK_MONOTONIC); os.timerfd_settime(f, initial=4); os.read(f, 8)",
+        ),
         after("alarm", "signal.signal(signal.SIGALRM, lambda *_: None); signal.alarm(4); signal.pause()"),
     ];
     for (id, text) in waits {
@@ -235,7 +239,12 @@ fn timers_wake_an_agent_in_time_however_it_waits_for_them() {
         let cause = last_wake(&node, &agent)["cause"].as_str().unwrap().to_owned();
         println!("{id}: {took} ms, {cause}");
         assert!((4000..5600).contains(&took), "{id}: after {took} ms");
-        assert_eq!(cause, if id == "alarm" { "signal" } else { "timer" }, "{id}");
+        let expected = match id.as_str() {
+            "alarm" => "signal",
+            "timerfd" => "traffic",
+            _ => "timer",
+        };
+        assert_eq!(cause, expected, "{id}");
         agent.delete().unwrap();
     }
 }
@@ -243,7 +252,7 @@ fn timers_wake_an_agent_in_time_however_it_waits_for_them() {
 #[test]
 fn a_time_limit_that_the_kernel_begins_anew_is_served_once_it_has_come() {
     let node = start();
-    let text = "import select\nprint('ready')\nselect.select([], [], [], 2)\nprint('over')\nselect.select([], [], [])";
+    let text = "import select\nprint('ready')\nselect.select([], [], [], 5)\nprint('over')\nselect.select([], [], [])";
     let agent = run(&node, &program("select", text));
     freeze(&node, &agent);
     woke_for(&node, &agent, "timer");

@@ -107,6 +107,29 @@ fn a_program_that_waits_goes_on_waiting_after_a_wake() {
 }
 
 #[test]
+fn locks_on_files_are_held_after_a_wake_and_by_nobody_else() {
+    let node = start();
+    let code = "import fcntl, time
+files = [open(f'/tmp/{name}', 'w') for name in ('flock', 'posix')]
+fcntl.flock(files[0], fcntl.LOCK_EX)
+fcntl.lockf(files[1], fcntl.LOCK_EX, 10, 5)
+print('ready', flush=True)
+time.sleep(1000)";
+    let agent = node.run_agent(&agent(Image::Python, "a").args(&["python3", "-c", code])).unwrap();
+    node.wait_until("the locks to be taken", SOON, || Ok(agent.log()?.contains("ready"))).unwrap();
+    let other = "import fcntl
+for name, lock in (('flock', fcntl.flock), ('posix', lambda file, how: fcntl.lockf(file, how, 1, 14))):
+  try: lock(open(f'/tmp/{name}', 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB); print('free')
+  except BlockingIOError: print('held')
+fcntl.lockf(open('/tmp/posix', 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB, 5, 0)";
+    for _ in 0..3 {
+        let found = agent.exec(&["python3", "-c", other]).unwrap().check().unwrap();
+        assert_eq!(found, "held\nheld\n");
+        cycle::cycle(&node, &agent);
+    }
+}
+
+#[test]
 fn what_is_left_of_a_short_sleep_ends_after_a_wake() {
     let node = start();
     let agent = node.run_agent(&script("s", Runtime::Agentcube, "echo waits; sleep 3; echo over")).unwrap();
