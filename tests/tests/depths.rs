@@ -425,17 +425,17 @@ fn without_swap_it_says_so_and_sleeps_frozen_if_that_will_do() {
     assert_eq!((&now["depth"], &now["wakes"]), (&"checkpointed".into(), &0.into()), "{now:#}");
 }
 
-/// Clients that ask one after the other over connections of their own, each for something of its own.
-fn storm(agent: &Agent, clients: usize, stop: &AtomicBool) -> usize {
+/// Clients that ask one after the other over connections of their own, each for something of its own, about so often.
+fn storm(agent: &Agent, clients: u64, pause: Duration, stop: &AtomicBool) -> u64 {
     thread::scope(|scope| {
-        let client = |number: usize| {
+        let client = |number: u64| {
             let mut asked = 0;
             while !stop.load(Ordering::Relaxed) {
                 let text = format!("client {number}, question {asked}");
                 let turn = agent.chat(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
                 assert!(turn.reply.contains(&text), "{text}: answered {:?}", turn.reply);
                 asked += 1;
-                thread::sleep(Duration::from_millis(20 + u64::try_from(number).unwrap() * 7 % 100));
+                thread::sleep(pause + Duration::from_millis(number * 7 + asked * 13 % 40));
             }
             asked
         };
@@ -444,28 +444,38 @@ fn storm(agent: &Agent, clients: usize, stop: &AtomicBool) -> usize {
     })
 }
 
-#[test]
-fn requests_in_the_middle_of_freezes_and_wakes_are_all_answered() {
-    const CYCLES: u64 = 50;
+/// Puts an agent to sleep again and again in a storm; all that is asked is answered, and nothing is forgotten.
+fn sleeps_in_a_storm(depth: &str, sleeps: u64, clients: u64, pause: Duration) {
     let node = start();
     let agent = node.run_agent(&python("a")).unwrap();
     agent.wait_healthy().unwrap();
     let stop = AtomicBool::new(false);
-    let (asked, slept) = thread::scope(|scope| {
-        let clients = scope.spawn(|| storm(&agent, 8, &stop));
+    let (asked, slept, tried) = thread::scope(|scope| {
+        let clients = scope.spawn(|| storm(&agent, clients, pause, &stop));
         let begun = Instant::now();
-        let mut slept = 0;
-        while slept < CYCLES && begun.elapsed() < 3 * SOON {
-            // Refused while it is at work.
-            slept += u64::from(agentcube(&node, &["sleep", "--depth", "frozen", "a"]).status == 0);
+        let (mut slept, mut tried) = (0, 0);
+        while slept < sleeps && begun.elapsed() < 3 * SOON {
+            // Refused while it is at work, and given up when somebody comes in its middle.
+            slept += u64::from(agentcube(&node, &["sleep", "--depth", depth, "a"]).status == 0);
+            tried += 1;
         }
         stop.store(true, Ordering::Relaxed);
-        (clients.join().unwrap(), slept)
+        (clients.join().unwrap(), slept, tried)
     });
     let wakes = inspect(&node, "a")["wakes"].as_u64().unwrap();
-    println!("{asked} questions in {slept} sleeps, {wakes} wakes");
-    assert!(asked >= 200 && slept == CYCLES, "{asked} questions in {slept} sleeps");
-    assert_eq!(agent.turn().unwrap(), u64::try_from(asked).unwrap());
+    println!("{asked} questions in {slept} sleeps of {tried}, {wakes} wakes");
+    assert!(asked >= 2 * sleeps && slept == sleeps, "{asked} questions in {slept} sleeps");
+    assert_eq!(agent.turn().unwrap(), asked);
+}
+
+#[test]
+fn requests_in_the_middle_of_freezes_and_wakes_are_all_answered() {
+    sleeps_in_a_storm("frozen", 50, 8, Duration::from_millis(20));
+}
+
+#[test]
+fn requests_in_the_middle_of_dumps_and_restores_are_all_answered() {
+    sleeps_in_a_storm("checkpointed", 30, 2, Duration::from_millis(120));
 }
 
 #[test]
