@@ -71,7 +71,7 @@ fn a_websocket_stays_established_while_its_agent_sleeps_and_frames_wake_it() {
     let large = "all of it, ".repeat(6000);
     let mut number = 0;
     for depth in depths_in_place(&node) {
-        for _ in 0..3 {
+        for _ in 0..2 {
             sleep_in_place(&node, &agent, depth);
             thread::sleep(QUIET);
             let before = inspect(&node, &agent);
@@ -180,7 +180,7 @@ fn calls_of_grpc_wake_an_agent_on_open_and_on_new_channels() {
         let mut open = channel(agent.connect().unwrap()).await;
         check(&mut open).await;
         for depth in depths_in_place(&node) {
-            for _ in 0..3 {
+            for _ in 0..2 {
                 sleep_in_place(&node, &agent, depth);
                 check(&mut open).await;
                 sleep_in_place(&node, &agent, depth);
