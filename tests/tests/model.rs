@@ -45,11 +45,15 @@ enum Operation {
     Race(&'static str),
     /// A sleep and a wake at the same time.
     Quarrel(&'static str),
+    /// A sleep and a command at the same time.
+    ExecAmid(&'static str),
+    /// A sleep and the end at the same time.
+    KillAmid(&'static str),
     /// A sleep, or a wake of one that sleeps, while containerd ends and begins anew.
     RestartAmid(&'static str),
 }
 
-const OPERATIONS: [Operation; 29] = [
+const OPERATIONS: [Operation; 33] = [
     Operation::Sleep("frozen"),
     Operation::Sleep("frozen"),
     Operation::Sleep("reclaimed"),
@@ -77,6 +81,10 @@ const OPERATIONS: [Operation; 29] = [
     Operation::Quarrel("frozen"),
     Operation::Quarrel("reclaimed"),
     Operation::Quarrel("checkpointed"),
+    Operation::ExecAmid("frozen"),
+    Operation::ExecAmid("checkpointed"),
+    Operation::KillAmid("frozen"),
+    Operation::KillAmid("checkpointed"),
     Operation::RestartAmid("frozen"),
     Operation::RestartAmid("checkpointed"),
 ];
@@ -211,16 +219,46 @@ impl Run<'_> {
             Operation::Restart => self.node.restart_containerd().unwrap(),
             Operation::Race(depth) => self.race(depth),
             Operation::Quarrel(depth) => self.quarrel(depth),
+            Operation::ExecAmid(depth) => self.exec_amid(depth),
+            Operation::KillAmid(depth) => self.kill_amid(depth),
             Operation::RestartAmid(depth) => self.restart_amid(depth),
         }
     }
 
     fn kill(&mut self) {
         self.agent.kill("SIGKILL").unwrap();
+        self.begin_anew();
+    }
+
+    /// Sees to it that the agent has been killed, and begins another.
+    fn begin_anew(&mut self) {
         assert_eq!(self.agent.wait_and_delete(SOON).unwrap(), 137, "{:?}", self.history);
         self.agent = self.node.run_agent(&python("a")).unwrap();
         self.agent.wait_healthy().unwrap();
         (self.model, self.turns) = (Model::Awake, 0);
+    }
+
+    fn exec_amid(&mut self, depth: &'static str) {
+        if self.model != Model::Awake {
+            return;
+        }
+        let done = std::thread::scope(|scope| {
+            let done = scope.spawn(|| self.agent.exec(&["echo", "hello"]).unwrap());
+            agentcube(self.node, &["sleep", "--depth", depth, "a"]);
+            done.join().unwrap()
+        });
+        assert_eq!(done.check().unwrap(), "hello\n", "{:?}", self.history);
+        self.follow();
+    }
+
+    fn kill_amid(&mut self, depth: &'static str) {
+        std::thread::scope(|scope| {
+            let killed = scope.spawn(|| self.agent.kill("SIGKILL").unwrap());
+            // Either may be first.
+            agentcube(self.node, &["sleep", "--depth", depth, "a"]);
+            killed.join().unwrap();
+        });
+        self.begin_anew();
     }
 
     fn restart_amid(&mut self, depth: &'static str) {
