@@ -19,7 +19,7 @@ use sleeper::{SOON, agentcube, inspect, python, start};
 /// How long it runs when nothing else is said.
 const TIME: Duration = Duration::from_mins(1);
 /// How many operations there are at least, however slow the machine is.
-const LEAST: usize = 30;
+const LEAST: usize = 20;
 /// How many ask at once in a burst.
 const BURST: u64 = 8;
 
