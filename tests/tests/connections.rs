@@ -87,6 +87,32 @@ fn an_idle_connection_is_closed_by_a_checkpoint_and_a_busy_one_keeps_the_agent_a
     sleep_when_idle(&node, &agent);
 }
 
+#[test]
+fn a_request_on_an_idle_connection_in_the_middle_of_a_dump_is_answered() {
+    let mut options = NodeOptions::default();
+    options.shim_toml.push_str("\nconnection_idle_seconds = 1\n");
+    let node = Node::start(options).unwrap();
+    // So much memory that there is a middle.
+    let ballast =
+        format!("ballast = __import__('os').urandom(512 << 20)\n{}", include_str!("../agents/doors.py"));
+    let spec = agent(Image::Python, "a").net(Net::Pod).port(PORT);
+    let agent = run(&node, &spec.args(&["python3", "-c", &ballast, "blocking"]));
+    let mut idle = greeted(&agent);
+    thread::sleep(Duration::from_millis(1500));
+    // Whoever sends before CRIU writes is seen by the look at the frozen agent.
+    let begun = "until ls /var/lib/agentcube/images/*/a/*/img/pages-*.img; do sleep 0.01; done; agentcube --json inspect a";
+    let refused = thread::scope(|scope| {
+        let asleep = scope.spawn(|| agentcube(&node, &agent, &["sleep", "--depth", "checkpointed"]));
+        let told = node.exec(&["timeout", "30", "sh", "-c", begun]).unwrap().check().unwrap();
+        assert!(told.contains("falling-asleep"), "{told}");
+        says(&mut idle, "in the middle");
+        asleep.join().unwrap().unwrap_err()
+    });
+    println!("{refused}");
+    assert_eq!(wakes(&node, &agent), 0);
+    says(&mut idle, "after it");
+}
+
 /// Closed connections take a moment to go.
 fn sleep_when_idle(node: &Node, agent: &Agent) {
     node.wait_until("the agent to be idle", SOON, || Ok(kinds(&why(node, agent)).is_empty())).unwrap();

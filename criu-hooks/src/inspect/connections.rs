@@ -54,8 +54,8 @@ impl fmt::Display for Busy {
 /// What is to be done about an agent's connections.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// How many would be closed.
-    pub closing: usize,
+    /// The inodes of those that would be closed.
+    pub closing: Vec<u64>,
     /// Those that keep it from being checkpointed: the peers, and why.
     pub busy: Vec<(SocketAddr, Busy)>,
     /// Listeners with connections that nobody has accepted, and how many.
@@ -71,7 +71,7 @@ pub fn judge<'a>(sockets: impl IntoIterator<Item = &'a Tcp>, policy: Policy) -> 
             (LISTEN, _) if socket.unread > 0 => verdict.queued.push((socket.local, socket.unread)),
             (LISTEN, _) => {}
             (_, Some(busy)) => verdict.busy.push((socket.remote, busy)),
-            (_, None) => verdict.closing += 1,
+            (_, None) => verdict.closing.push(socket.inode),
         }
     }
     verdict
@@ -117,7 +117,7 @@ mod tests {
     #[test]
     fn only_an_idle_connection_with_nothing_in_flight_is_closed_by_default() {
         let auto = Policy::default();
-        assert_eq!(judge([&socket(1, 60)], auto), Verdict { closing: 1, ..Verdict::default() });
+        assert_eq!(judge([&socket(1, 60)], auto), Verdict { closing: vec![7], ..Verdict::default() });
         assert_eq!(reason(&socket(1, 59), auto), Some(Busy::Active(Duration::from_secs(59))));
         assert_eq!(reason(&Tcp { unread: 3, ..socket(1, 99) }, auto), Some(Busy::Unread(3)));
         assert_eq!(reason(&Tcp { unsent: 4, ..socket(1, 99) }, auto), Some(Busy::Unsent(4)));

@@ -44,8 +44,8 @@ pub struct Inspection {
     pub blockers: Vec<Blocker>,
     /// What only CRIU can tell, in words.
     pub doubts: Vec<String>,
-    /// How many established connections a checkpoint would close.
-    pub closing: usize,
+    /// The inodes of established connections that a checkpoint would close.
+    pub closing: Vec<u64>,
     /// How long it is until the first of its timer descriptors goes off.
     pub next_timer: Option<Duration>,
     /// Tells whether the container has the same processes and files open as at another look; connections do not count.
@@ -76,6 +76,16 @@ pub fn inspect(container: &Container, init: Pid, policy: Policy) -> Result<Inspe
     found.blockers.extend(seen.blockers);
     found.closing = seen.closing;
     Ok(found)
+}
+
+/// Looks again at the connections `closing`, which were to be closed, of a container whose first process is `init`: its
+/// processes stand still, but what comes for them does not. Tells of one that must not be closed any more.
+///
+/// # Errors
+/// When the container is gone, or the kernel does not answer.
+pub fn come_to_life(init: Pid, closing: &[u64], policy: Policy) -> io::Result<Option<Blocker>> {
+    let busy = sockets::come_to_life(init, closing, policy)?;
+    Ok(busy.map(|(peer, busy)| Blocker::Connection { peer, busy }))
 }
 
 impl Inspection {

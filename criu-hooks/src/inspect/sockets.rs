@@ -4,6 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     fs::File,
     io,
+    net::SocketAddr,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -15,7 +16,7 @@ use rustix::{
 
 use super::{
     blocker::Blocker,
-    connections::{self, Policy},
+    connections::{self, Busy, Policy},
     diag::{self, Tcp, Unix},
 };
 use crate::{descriptors::Process, netns};
@@ -37,8 +38,8 @@ pub(super) type Sockets = HashMap<u64, Owner>;
 #[derive(Debug, Default)]
 pub(super) struct Findings {
     pub(super) blockers: Vec<Blocker>,
-    /// How many connections would be closed.
-    pub(super) closing: usize,
+    /// The inodes of connections that would be closed.
+    pub(super) closing: Vec<u64>,
 }
 
 /// The tables of the network namespace of `init`.
@@ -101,6 +102,18 @@ pub(super) fn inspect(
     Ok(Findings { blockers, closing: verdict.closing })
 }
 
+/// The first of the connections `closing` that must not be closed any more, in the network namespace of `init`.
+pub(super) fn come_to_life(
+    init: Pid,
+    closing: &[u64],
+    policy: Policy,
+) -> io::Result<Option<(SocketAddr, Busy)>> {
+    let namespace = File::open(format!("/proc/{init}/ns/net"))?;
+    let sockets = netns::within(namespace.as_fd(), diag::tcp)?;
+    let verdict = connections::judge(sockets.iter().filter(|socket| closing.contains(&socket.inode)), policy);
+    Ok(verdict.busy.into_iter().next())
+}
+
 /// Unix sockets whose other end is not among the container's `sockets`. One that nobody has accepted yet has no inode.
 fn outside_peers(unix: &[Unix], sockets: &Sockets) -> Vec<Blocker> {
     let connected = unix.iter().filter_map(|socket| Some((sockets.get(&socket.inode)?, socket.peer?)));
@@ -158,11 +171,13 @@ fn lies_on(path: &Path, volumes: &[PathBuf]) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::{
+        io::Write as _,
         net::{TcpListener, TcpStream},
         os::{
             fd::AsRawFd,
             unix::net::{UnixListener, UnixStream},
         },
+        time::Duration,
     };
 
     use super::*;
@@ -193,6 +208,24 @@ mod tests {
         assert_eq!(kinds(&owned(&[&listener, &server]), Policy::default(), &[]), ["connection"]);
         assert!(kinds(&owned(&[&listener, &server]), Policy::Close, &[]).is_empty());
         drop(client);
+    }
+
+    #[test]
+    fn a_connection_that_was_to_be_closed_is_kept_when_something_comes_by_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        let policy = Policy::Auto { idle: Duration::from_millis(100) };
+        std::thread::sleep(Duration::from_millis(200));
+        let me = rustix::process::getpid();
+        let found = inspect(me, &owned(&[&listener, &server]), policy, &[]).unwrap();
+        assert_eq!(found.closing.len(), 1, "{:?}", found.blockers);
+        assert_eq!(come_to_life(me, &found.closing, policy).unwrap(), None);
+        client.write_all(b"request").unwrap();
+        let busy = come_to_life(me, &found.closing, policy).unwrap();
+        assert_eq!(busy, Some((client.local_addr().unwrap(), Busy::Unread(7))));
+        assert_eq!(come_to_life(me, &found.closing, Policy::Close).unwrap(), None);
+        assert_eq!(come_to_life(me, &[], policy).unwrap(), None);
     }
 
     #[test]

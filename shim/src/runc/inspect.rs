@@ -121,7 +121,7 @@ impl RuncContainer {
         }
         let deepest = if reasons.is_empty() { Depth::Checkpointed } else { Depth::Frozen };
         let Inspection { doubts, closing, next_timer, .. } = seen;
-        Ok(Reasons { deepest, reasons, doubts, closing, next_timer })
+        Ok(Reasons { deepest, reasons, doubts, closing: closing.len(), next_timer })
     }
 }
 

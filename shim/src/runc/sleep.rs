@@ -16,6 +16,7 @@ use criu_hooks::{
         RestoreOptions, Spare,
     },
     image::{self, Expected, Image, ImageWriter, Mode, Pages, Store},
+    inspect::{self, Blocker, Policy},
     pager::{Eager, Fill},
     preflight::Preflight,
 };
@@ -72,9 +73,28 @@ impl Objections {
     }
 }
 
+/// Connections that the end of the agent's processes closes. Until then the kernel takes bytes in by them.
+struct Closing {
+    init: Pid,
+    inodes: Vec<u64>,
+    policy: Policy,
+}
+
+impl Closing {
+    /// Why one of them must not be closed any more, if one must not.
+    async fn come_to_life(&self) -> Result<Option<Blocker>, HookError> {
+        if self.inodes.is_empty() {
+            return Ok(None);
+        }
+        let (init, inodes, policy) = (self.init, self.inodes.clone(), self.policy);
+        Ok(tokio::task::spawn_blocking(move || inspect::come_to_life(init, &inodes, policy)).await??)
+    }
+}
+
 /// Gives the dump up while nothing is lost. Opens the image: once the processes are gone, nothing may fail any more.
 struct LastWord<'a> {
     objections: &'a Objections,
+    connections: &'a Closing,
     writer: &'a ImageWriter,
     image: Option<Image>,
 }
@@ -84,6 +104,9 @@ impl DumpHooks for LastWord<'_> {
     async fn before_kill(&mut self) -> Result<(), HookError> {
         if let Some(objection) = self.objections.raised() {
             return Err(objection.into());
+        }
+        if let Some(busy) = self.connections.come_to_life().await? {
+            return Err(busy.to_string().into());
         }
         self.image = Some(self.writer.open()?);
         Ok(())
@@ -209,13 +232,20 @@ impl RuncContainer {
         }
         let seen = self.inspection(&container, init).await?;
         self.admit(&seen)?;
-        let tcp_close = seen.closing > 0;
+        let tcp_close = !seen.closing.is_empty();
+        let policy = self.options.connection_policy();
+        let connections = Closing { init, inodes: seen.closing.clone(), policy };
         self.io.prepare_dump().await.map_err(failed)?;
 
         // runc's record must be brought up to date after a direct restore, or exec would not work.
         let (made_by, dumped, image) = match state_file::StateFile::read(&self.state_file()) {
             Ok(_) => {
-                let mut hooks = LastWord { objections: &objections, writer: &writer, image: None };
+                let mut hooks = LastWord {
+                    objections: &objections,
+                    connections: &connections,
+                    writer: &writer,
+                    image: None,
+                };
                 let timeout = time_for(stats::resident(self.cgroup.path()));
                 let options = DumpOptions {
                     timeout,
