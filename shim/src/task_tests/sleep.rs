@@ -364,6 +364,17 @@ async fn pause_of_a_sleeping_agent_succeeds_and_resume_wakes_it() {
 }
 
 #[tokio::test]
+async fn nothing_that_comes_wakes_a_sleeping_agent_that_a_client_has_paused() {
+    let shim = Shim::asleep().await;
+    shim.pause().await.unwrap();
+    shim.fake.input_arrives();
+    settle().await;
+    assert_eq!(shim.fake.calls(), [""; 0]);
+    shim.resume().await.unwrap();
+    assert_eq!(shim.fake.calls(), ["restore", "drop image"]);
+}
+
+#[tokio::test]
 async fn an_update_of_a_sleeping_agent_leaves_it_asleep() {
     let shim = Shim::asleep().await;
     let update = UpdateTaskRequest {

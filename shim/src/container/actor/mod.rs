@@ -161,7 +161,8 @@ impl Actor {
     pub(super) async fn run(mut self, mut messages: mpsc::UnboundedReceiver<Message>) {
         loop {
             let runtime = self.runtime.clone();
-            let asleep = self.snapshot.borrow().depth().is_some();
+            // A client that has paused it in its sleep decides when it runs again.
+            let asleep = self.snapshot.borrow().depth().is_some() && !self.paused_asleep;
             let deaf_until = self.deaf_until;
             tokio::select! {
                 biased;
