@@ -68,14 +68,16 @@ def poll():
                 threading.Thread(target=talk, args=(connection, f"door {number}"), daemon=True).start()
 
 
-def udp(address):
+def udp(address, owner=0):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.socket(family, socket.SOCK_DGRAM)
     server.bind((address, PORT))
+    os.fchown(server.fileno(), owner, owner)
     print("ready", flush=True)
     while True:
         data, sender = server.recvfrom(65536)
-        server.sendto(b"echo: " + data, sender)
+        answer = str(os.fstat(server.fileno()).st_uid).encode() if data == b"owner" else b"echo: " + data
+        server.sendto(answer, sender)
 
 
 def describe(*_):
@@ -146,6 +148,8 @@ def main(kind):
             serve(server, "abstract")
         case "udp":
             udp("0.0.0.0")
+        case "udp-owned":
+            udp("0.0.0.0", owner=1234)
         case "udp6":
             udp("::")
 

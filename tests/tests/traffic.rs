@@ -375,6 +375,28 @@ fn datagrams_wake_an_agent_and_each_is_answered_from_where_it_was_sent_to() {
 }
 
 #[test]
+fn a_datagram_socket_has_after_a_wake_the_owner_that_it_had_before() {
+    let node = start();
+    let agent = run(&node, &door("udp-owned"));
+    let owner = || {
+        agent
+            .inside(|| {
+                let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+                socket.set_read_timeout(Some(SOON)).unwrap();
+                socket.send_to(b"owner", ("127.0.0.1", PORT)).unwrap();
+                let mut buffer = [0; 16];
+                let length = socket.recv(&mut buffer).unwrap();
+                String::from_utf8_lossy(&buffer[..length]).into_owned()
+            })
+            .unwrap()
+    };
+    assert_eq!(owner(), "1234");
+    sleep(&node, &agent);
+    agentcube(&node, &agent, &["wake"]).unwrap();
+    assert_eq!(owner(), "1234");
+}
+
+#[test]
 fn datagrams_of_another_machine_are_answered_by_the_address_of_the_pod() {
     let node = start();
     let agent = run(&node, &door("udp"));

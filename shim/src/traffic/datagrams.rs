@@ -23,40 +23,83 @@ const UDP: u8 = 17;
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 const UDP_HEADER: usize = 8;
+/// What the kernel charges at least for each datagram in a queue, besides its bytes. It charges more.
+const LEAST_CHARGE: usize = 256;
 /// How many routers a packet that never leaves its machine may pass.
 const HOPS: u8 = 64;
 
 /// Sends what waits in `old`, a UDP socket of the network namespace `namespace`, to the socket that has taken its place,
-/// and closes it. Tells how many datagrams that were.
+/// and closes it. Tells how many datagrams were sent, and why the last of those that were not could not be.
 ///
 /// # Errors
-/// When they cannot be sent.
-pub(super) fn pass_on(namespace: BorrowedFd<'_>, old: OwnedFd) -> io::Result<usize> {
+/// When none can be read.
+pub(super) fn pass_on(namespace: BorrowedFd<'_>, old: OwnedFd) -> io::Result<Passed> {
     netns::within(namespace, move || {
         let bound = local_address(&old)?;
         // From here on nothing new comes to the old socket: it only hears itself.
-        if let Err(error) = net::connect(&old, &SocketAddr::new(loopback(bound), bound.port())) {
+        if let Err(error) = hear_nobody(&old, bound) {
             warn!(%bound, %error, "datagrams that come in this moment may be lost");
         }
-        let mut buffer = vec![0; LARGEST];
-        let mut passed = 0;
-        loop {
-            let (length, sender) = match net::recvfrom(&old, &mut buffer[..], RecvFlags::DONTWAIT) {
-                Ok((length, _, sender)) => (length, sender),
-                Err(Errno::AGAIN) => return Ok(passed),
-                // What an earlier answer of the agent has met with.
-                Err(Errno::CONNREFUSED | Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            let Some(sender) = sender.and_then(|sender| SocketAddr::try_from(sender).ok()) else { continue };
-            let sender = SocketAddr::new(sender.ip().to_canonical(), sender.port());
+        let waiting = take_all(&old)?;
+        // Whatever it hears, what is sent from here on is for its successor.
+        drop(old);
+        let mut passed = Passed::default();
+        for (sender, data) in waiting {
             let to = SocketAddr::new(destination(bound.ip(), sender), bound.port());
-            if let Some(packet) = packet(sender, to, &buffer[..length]) {
-                send(&packet, to)?;
-                passed += 1;
+            let Some(packet) = packet(sender, to, &data) else { continue };
+            match send(&packet, to) {
+                Ok(()) => passed.sent += 1,
+                Err(error) => {
+                    passed.lost += 1;
+                    passed.error = Some(error);
+                }
             }
         }
+        Ok(passed)
     })
+}
+
+/// What became of the datagrams of a socket.
+#[derive(Debug, Default)]
+pub(super) struct Passed {
+    pub(super) sent: usize,
+    pub(super) lost: usize,
+    /// Of the last that was lost.
+    pub(super) error: Option<io::Error>,
+}
+
+/// Connects a socket to its own port on the loopback device. One for both families can do so by either.
+fn hear_nobody(socket: &OwnedFd, bound: SocketAddr) -> rustix::io::Result<()> {
+    let connect = |to: IpAddr| net::connect(socket, &SocketAddr::new(to, bound.port()));
+    match connect(loopback(bound)) {
+        Err(_) if bound.is_ipv6() => connect(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into()),
+        connected => connected,
+    }
+}
+
+/// Reads all datagrams that wait at a socket, with their senders: at most as many as its queue can hold, should more come
+/// meanwhile.
+fn take_all(socket: &OwnedFd) -> io::Result<Vec<(SocketAddr, Vec<u8>)>> {
+    let capacity = net::sockopt::socket_recv_buffer_size(socket)?;
+    let mut buffer = vec![0; LARGEST];
+    let mut taken = Vec::new();
+    let mut size = 0;
+    while size <= capacity {
+        size += LEAST_CHARGE;
+        match net::recvfrom(socket, &mut buffer[..], RecvFlags::DONTWAIT) {
+            Ok((length, _, sender)) => {
+                size += length;
+                let sender = sender.and_then(|sender| SocketAddr::try_from(sender).ok());
+                let Some(sender) = sender else { continue };
+                let sender = SocketAddr::new(sender.ip().to_canonical(), sender.port());
+                taken.push((sender, buffer[..length].to_vec()));
+            }
+            Err(Errno::AGAIN) => break,
+            // What an earlier answer of the agent has met with. It is told once, and says nothing of what waits.
+            Err(_) => {}
+        }
+    }
+    Ok(taken)
 }
 
 fn local_address(socket: &OwnedFd) -> io::Result<SocketAddr> {
@@ -144,6 +187,72 @@ fn checksum(parts: &[&[u8]]) -> u16 {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    /// What a socket at `bound`, which a successor at the same port has replaced, passes on to it.
+    fn succeed(bound: &str, senders: usize) -> (Passed, Vec<Vec<u8>>) {
+        let bind = |at: SocketAddr| {
+            let family = if at.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+            let socket = net::socket(family, SocketType::DGRAM, None).unwrap();
+            net::sockopt::set_socket_reuseport(&socket, true).unwrap();
+            net::bind(&socket, &at).unwrap();
+            socket
+        };
+        let old = bind(address(bound));
+        let at = local_address(&old).unwrap();
+        let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), at.port());
+        let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        for number in 0..senders {
+            client.send_to(&[u8::try_from(number).unwrap()], to).unwrap();
+        }
+        let new = bind(at);
+        let namespace = std::fs::File::open("/proc/self/ns/net").unwrap();
+        let passed = pass_on(std::os::fd::AsFd::as_fd(&namespace), old).unwrap();
+        (passed, take_all(&new).unwrap().into_iter().map(|(_, data)| data).collect())
+    }
+
+    #[test]
+    fn all_that_waits_at_a_socket_comes_to_its_successor() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("raw sockets are for root");
+            return;
+        }
+        for bound in ["0.0.0.0:0", "127.0.0.1:0", "[::]:0"] {
+            let (passed, came) = succeed(bound, 100);
+            assert_eq!((passed.sent, passed.lost), (100, 0), "{bound}: {passed:?}");
+            assert_eq!(came, (0..100).map(|number| vec![number]).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn errors_at_a_socket_keep_nobody_from_being_heard() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let nobody = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        client.send_to(b"before", socket.local_addr().unwrap()).unwrap();
+        // Nobody listens there, which the kernel tells at the next call of a connected socket.
+        socket.connect(nobody).unwrap();
+        socket.send(b"?").unwrap();
+        let taken = take_all(&socket.into()).unwrap();
+        assert_eq!(taken, [(client.local_addr().unwrap(), b"before".to_vec())]);
+    }
+
+    #[test]
+    fn a_socket_to_which_more_comes_all_the_time_is_read_for_as_long_as_its_queue_was() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let at = socket.local_addr().unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = client.send_to(b"more", at);
+                }
+            });
+            let taken = take_all(&socket.into()).unwrap().len();
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(taken < 1 << 16, "{taken}");
+        });
+    }
 
     fn address(text: &str) -> SocketAddr {
         text.parse().unwrap()

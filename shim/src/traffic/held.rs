@@ -108,15 +108,19 @@ impl Kind {
     }
 }
 
-/// Gives a restored listener its owner back, and wakes whoever waits for it: the kernel moves connections to it
+/// Gives a restored socket its owner back, and wakes whoever waits at a listener: the kernel moves connections to it
 /// without a word to those who wait already.
-pub(super) fn introduce(listener: &OwnedFd, owner: (Uid, Gid)) -> rustix::io::Result<()> {
-    if !net::sockopt::socket_acceptconn(listener)? {
+pub(super) fn introduce(restored: &OwnedFd, kind: Kind, owner: (Uid, Gid)) -> io::Result<()> {
+    // The agent runs, and may have something else under that number by now.
+    if Kind::of(restored)? != Some(kind) {
         return Ok(());
     }
     if owner.0 != Uid::ROOT {
-        rustix::fs::fchown(listener, Some(owner.0), Some(owner.1))?;
+        rustix::fs::fchown(restored, Some(owner.0), Some(owner.1))?;
     }
-    // A listener sends nothing, so this ends nothing, and the kernel wakes everybody at the socket on the way.
-    net::shutdown(listener, Shutdown::Write)
+    if kind == Kind::Stream {
+        // A listener sends nothing, so this ends nothing, and the kernel wakes everybody at the socket on the way.
+        net::shutdown(restored, Shutdown::Write)?;
+    }
+    Ok(())
 }

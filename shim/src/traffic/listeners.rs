@@ -24,7 +24,8 @@ use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, warn};
 
 use super::{
-    TrafficError, datagrams,
+    TrafficError,
+    datagrams::{self, Passed},
     held::{Held, Kind, Place, introduce},
     probes::{Answering, Sources},
 };
@@ -193,16 +194,22 @@ impl Listeners {
     /// Gives what waits to the restored agent, whose processes are `pids`.
     pub fn hand_over(&self, pids: &[Pid]) {
         let held = std::mem::take(&mut *self.lock());
-        let streams = held.iter().filter(|held| held.kind == Kind::Stream);
-        let places: Vec<_> = streams.map(|held| (held.place, held.owner, held.address.clone())).collect();
-        for Held { socket, kind, address, .. } in held {
+        let mut places = Vec::new();
+        for Held { socket, kind, address, place, owner, .. } in held {
             match (kind, &self.namespace) {
                 (Kind::Datagram, Some(namespace)) => match datagrams::pass_on(namespace.as_fd(), socket) {
-                    Ok(passed) => debug!(address, passed, "datagrams sent on"),
+                    Ok(Passed { sent, error: None, .. }) => debug!(address, sent, "datagrams sent on"),
+                    Ok(Passed { sent, lost, error: Some(error) }) => {
+                        warn!(address, sent, lost, %error, "some datagrams that came in its sleep are lost");
+                    }
                     Err(error) => warn!(address, %error, "datagrams that came in its sleep are lost"),
                 },
                 // The kernel moves what waits for a listener when it is closed.
                 _ => drop(socket),
+            }
+            // An abstract one is the agent's as it was.
+            if kind != Kind::Abstract {
+                places.push((place, kind, owner, address));
             }
         }
         let mut processes = HashMap::new();
@@ -211,7 +218,7 @@ impl Listeners {
                 processes.insert(inner_pid, pid);
             }
         }
-        for (place, owner, address) in places {
+        for (place, kind, owner, address) in places {
             let restored = processes
                 .get(&place.inner_pid)
                 .and_then(|pid| Process::open(*pid).ok()?.duplicate(place.number).ok());
@@ -219,7 +226,7 @@ impl Listeners {
                 debug!(address, "the agent has closed the socket already");
                 continue;
             };
-            if let Err(error) = introduce(&restored, owner) {
+            if let Err(error) = introduce(&restored, kind, owner) {
                 warn!(address, %error, "the agent may learn late of connections made in its sleep");
             }
         }
