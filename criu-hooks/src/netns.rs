@@ -14,10 +14,10 @@ pub fn within<T: Send>(
     work: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
     thread::scope(|scope| {
-        let inside = scope.spawn(|| {
+        let inside = thread::Builder::new().spawn_scoped(scope, || {
             move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?;
             work()
-        });
+        })?;
         inside.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace panicked")))
     })
 }
