@@ -3,7 +3,7 @@
 use std::{fs, io, time::Duration};
 
 use rustix::{
-    fs::{FileType, major, minor},
+    fs::{AtFlags, CWD, FileType, StatxFlags, major, makedev, minor},
     process::Pid,
 };
 
@@ -23,9 +23,14 @@ pub(super) fn blocker(pid: Pid, descriptor: &Descriptor) -> Option<Blocker> {
     if directories.iter().any(|directory| path.starts_with(directory)) {
         return None;
     }
-    let stat = rustix::fs::stat(format!("/proc/{pid}/fd/{}", descriptor.number)).ok()?;
-    is_unknown_device(FileType::from_raw_mode(stat.st_mode), stat.st_rdev)
-        .then(|| Blocker::Device { pid, path: descriptor.target.clone() })
+    // A file system with a server may lie there, and the server stand still in the same freezer: it must not be asked.
+    let link = format!("/proc/{pid}/fd/{}", descriptor.number);
+    let stat = rustix::fs::statx(CWD, link, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
+    is_unknown_device(
+        FileType::from_raw_mode(stat.stx_mode.into()),
+        makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
+    )
+    .then(|| Blocker::Device { pid, path: descriptor.target.clone() })
 }
 
 /// What keeps a file without a place in a file system from being dumped.
@@ -90,11 +95,10 @@ mod tests {
 
     #[test]
     fn devices_that_criu_knows_are_told_from_others() {
-        let device =
-            |major, minor| is_unknown_device(FileType::CharacterDevice, rustix::fs::makedev(major, minor));
+        let device = |major, minor| is_unknown_device(FileType::CharacterDevice, makedev(major, minor));
         assert!(!device(1, 3) && !device(5, 2) && !device(136, 4));
         assert!(device(195, 0) && device(10, 229) && device(1, 1));
-        assert!(is_unknown_device(FileType::BlockDevice, rustix::fs::makedev(8, 0)));
+        assert!(is_unknown_device(FileType::BlockDevice, makedev(8, 0)));
         assert!(!is_unknown_device(FileType::RegularFile, 0));
     }
 
