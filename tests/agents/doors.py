@@ -16,7 +16,7 @@ listeners = []
 def listen(address, port=PORT, backlog=16, **options):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, options.get("reuse", 1))
     if options.get("group"):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if family == socket.AF_INET6:
@@ -103,6 +103,11 @@ def main(kind):
             threading.Thread(target=serve, args=(server, "blocking"), daemon=True).start()
             while True:
                 signal.pause()
+        case "strict":
+            # Its port is taken as long as anything of a connection is left.
+            server = listen("0.0.0.0", reuse=0)
+            print("ready", flush=True)
+            serve(server, "blocking")
         case "several":
             # Two ports, one of them on the loopback device only, both families.
             for address, port in [("0.0.0.0", PORT), ("127.0.0.1", PORT + 1), ("::", PORT + 2), ("::1", PORT + 3)]:

@@ -93,8 +93,7 @@ fn a_request_on_an_idle_connection_in_the_middle_of_a_dump_is_answered() {
     options.shim_toml.push_str("\nconnection_idle_seconds = 1\n");
     let node = Node::start(options).unwrap();
     // So much memory that there is a middle.
-    let ballast =
-        format!("ballast = b'x' * (512 << 20)\n{}", include_str!("../agents/doors.py"));
+    let ballast = format!("ballast = b'x' * (512 << 20)\n{}", include_str!("../agents/doors.py"));
     let spec = agent(Image::Python, "a").net(Net::Pod).port(PORT);
     let agent = run(&node, &spec.args(&["python3", "-c", &ballast, "blocking"]));
     let mut idle = greeted(&agent);
@@ -111,6 +110,22 @@ fn a_request_on_an_idle_connection_in_the_middle_of_a_dump_is_answered() {
     println!("{refused}");
     assert_eq!(wakes(&node, &agent), 0);
     says(&mut idle, "after it");
+}
+
+#[test]
+fn what_lingers_of_closed_connections_does_not_keep_an_agent_from_its_port() {
+    let node = start();
+    let spec = talker("strict").annotation("agentcube.volcano.sh/connections", "close");
+    let agent = run(&node, &spec.args(&["python3", "-c", include_str!("../agents/doors.py"), "strict"]));
+    for turn in 1..=3 {
+        // One client closes it in turn, the other does not.
+        let (closes, stays) = (greeted(&agent), greeted(&agent));
+        sleep(&node, &agent);
+        drop(closes);
+        says(&mut greeted(&agent), "again");
+        assert_eq!(wakes(&node, &agent), turn);
+        drop(stays);
+    }
 }
 
 /// Closed connections take a moment to go.

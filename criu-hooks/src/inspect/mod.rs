@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::Pid;
+use rustix::{fd::RawFd, process::Pid};
 
 pub use self::{
     blocker::Blocker,
@@ -33,7 +33,7 @@ use self::{
 };
 use crate::{
     container::{self, Container},
-    descriptors::{self, Descriptor},
+    descriptors::{self, Descriptor, Process},
     procfs,
 };
 
@@ -44,12 +44,35 @@ pub struct Inspection {
     pub blockers: Vec<Blocker>,
     /// What only CRIU can tell, in words.
     pub doubts: Vec<String>,
-    /// The inodes of established connections that a checkpoint would close.
-    pub closing: Vec<u64>,
+    /// Established connections that a checkpoint would close.
+    pub closing: Vec<Connection>,
     /// How long it is until the first of its timer descriptors goes off.
     pub next_timer: Option<Duration>,
     /// Tells whether the container has the same processes and files open as at another look; connections do not count.
     pub fingerprint: u64,
+}
+
+/// An established TCP connection of a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connection {
+    /// The inode of its socket.
+    pub inode: u64,
+    /// A process that has it open.
+    pub pid: Pid,
+    /// Its descriptor there.
+    pub number: RawFd,
+}
+
+impl Connection {
+    /// Lets others take its port when it has been closed, and lingers in the kernel for a minute or two. Without that they
+    /// can only if the listener that it came by had SO_REUSEADDR.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn share_port(&self) -> io::Result<()> {
+        let socket = Process::open(self.pid)?.duplicate(self.number)?;
+        Ok(rustix::net::sockopt::set_socket_reuseaddr(socket, true)?)
+    }
 }
 
 /// Looks at `container`, whose first process is `init`.
@@ -83,7 +106,7 @@ pub fn inspect(container: &Container, init: Pid, policy: Policy) -> Result<Inspe
 ///
 /// # Errors
 /// When the container is gone, or the kernel does not answer.
-pub fn come_to_life(init: Pid, closing: &[u64], policy: Policy) -> io::Result<Option<Blocker>> {
+pub fn come_to_life(init: Pid, closing: &[Connection], policy: Policy) -> io::Result<Option<Blocker>> {
     let busy = sockets::come_to_life(init, closing, policy)?;
     Ok(busy.map(|(peer, busy)| Blocker::Connection { peer, busy }))
 }

@@ -15,6 +15,7 @@ use rustix::{
 };
 
 use super::{
+    Connection,
     blocker::Blocker,
     connections::{self, Busy, Policy},
     diag::{self, Tcp, Unix},
@@ -38,8 +39,8 @@ pub(super) type Sockets = HashMap<u64, Owner>;
 #[derive(Debug, Default)]
 pub(super) struct Findings {
     pub(super) blockers: Vec<Blocker>,
-    /// The inodes of connections that would be closed.
-    pub(super) closing: Vec<u64>,
+    /// Connections that would be closed.
+    pub(super) closing: Vec<Connection>,
 }
 
 /// The tables of the network namespace of `init`.
@@ -93,24 +94,31 @@ pub(super) fn inspect(
             continue;
         };
         let found = if unix.contains(inode) {
-            shared_listener(owner.pid, &socket, volumes)
+            shared(owner.pid, &socket, volumes)
         } else {
             unknown(owner.pid, &socket)?
         };
         blockers.extend(found);
     }
-    Ok(Findings { blockers, closing: verdict.closing })
+    let closing = verdict.closing.into_iter().filter_map(|inode| {
+        let owner = sockets.get(&inode)?;
+        Some(Connection { inode, pid: owner.pid, number: owner.number })
+    });
+    Ok(Findings { blockers, closing: closing.collect() })
 }
 
 /// The first of the connections `closing` that must not be closed any more, in the network namespace of `init`.
 pub(super) fn come_to_life(
     init: Pid,
-    closing: &[u64],
+    closing: &[Connection],
     policy: Policy,
 ) -> io::Result<Option<(SocketAddr, Busy)>> {
     let namespace = File::open(format!("/proc/{init}/ns/net"))?;
     let sockets = netns::within(namespace.as_fd(), diag::tcp)?;
-    let verdict = connections::judge(sockets.iter().filter(|socket| closing.contains(&socket.inode)), policy);
+    let verdict = connections::judge(
+        sockets.iter().filter(|socket| closing.iter().any(|one| one.inode == socket.inode)),
+        policy,
+    );
     Ok(verdict.busy.into_iter().next())
 }
 
@@ -151,9 +159,10 @@ fn unknown(pid: Pid, socket: &OwnedFd) -> io::Result<Option<Blocker>> {
     })
 }
 
-/// A unix listener whose path lies on one of `volumes`.
-fn shared_listener(pid: Pid, socket: &OwnedFd, volumes: &[PathBuf]) -> Option<Blocker> {
-    if !sockopt::socket_acceptconn(socket).ok()? {
+/// A unix socket whose path lies on one of `volumes`, where others can connect or send to it.
+fn shared(pid: Pid, socket: &OwnedFd, volumes: &[PathBuf]) -> Option<Blocker> {
+    let is_datagram = sockopt::socket_type(socket).ok()? == SocketType::DGRAM;
+    if !is_datagram && !sockopt::socket_acceptconn(socket).ok()? {
         return None;
     }
     let address = SocketAddrUnix::try_from(net::getsockname(socket).ok()?).ok()?;
@@ -175,7 +184,7 @@ mod tests {
         net::{TcpListener, TcpStream},
         os::{
             fd::AsRawFd,
-            unix::net::{UnixListener, UnixStream},
+            unix::net::{UnixDatagram, UnixListener, UnixStream},
         },
         time::Duration,
     };
@@ -242,6 +251,9 @@ mod tests {
         let volume = [directory.path().to_owned()];
         assert_eq!(kinds(&owned(&[&listener]), Policy::Keep, &volume), ["unix-listener"]);
         assert!(kinds(&owned(&[&listener]), Policy::Keep, &["/elsewhere".into()]).is_empty());
+        drop(listener);
+        let mailbox = UnixDatagram::bind(directory.path().join("mailbox")).unwrap();
+        assert_eq!(kinds(&owned(&[&mailbox]), Policy::Keep, &volume), ["unix-listener"]);
         assert!(lies_on(Path::new("door"), &volume), "where a relative path leads is not known");
     }
 }

@@ -16,7 +16,7 @@ use criu_hooks::{
         RestoreOptions, Spare,
     },
     image::{self, Expected, Image, ImageWriter, Mode, Pages, Store},
-    inspect::{self, Blocker, Policy},
+    inspect::{self, Blocker, Connection, Policy},
     pager::{Eager, Fill},
     preflight::Preflight,
 };
@@ -49,12 +49,27 @@ pub(super) const SYSTEMD: &str = "with systemd_cgroup the container's scope woul
 const LEAST_TIME: Duration = Duration::from_mins(1);
 /// How long a pager may take to see that its container has ended.
 const FILL_END: Duration = Duration::from_secs(2);
+/// How long each look at a frozen container may take.
+const LONGEST_LOOK: Duration = Duration::from_secs(10);
 /// The slowest disk that is waited for, in bytes a second.
 const SLOWEST: u64 = 20 << 20;
 
 /// How long CRIU may take with so many bytes of memory.
 fn time_for(bytes: u64) -> Duration {
     LEAST_TIME + Duration::from_secs(bytes / SLOWEST)
+}
+
+/// Does a part of a sleep for which the agent stands still. It is given up when somebody needs the agent, or when it takes
+/// too long: what it waits for may stand still as well.
+async fn while_frozen<T>(
+    veto: &Veto,
+    work: impl Future<Output = Result<T, RuntimeError>>,
+) -> Result<T, RuntimeError> {
+    let done = veto.unless_raised(tokio::time::timeout(LONGEST_LOOK, work)).await?;
+    done.unwrap_or_else(|_| {
+        let seconds = LONGEST_LOOK.as_secs();
+        Err(failed(format_args!("what it has open could not be looked at within {seconds} s of its freeze")))
+    })
 }
 
 /// What may speak against a sleep until its last moment.
@@ -76,18 +91,24 @@ impl Objections {
 /// Connections that the end of the agent's processes closes. Until then the kernel takes bytes in by them.
 struct Closing {
     init: Pid,
-    inodes: Vec<u64>,
+    connections: Vec<Connection>,
     policy: Policy,
 }
 
 impl Closing {
     /// Why one of them must not be closed any more, if one must not.
     async fn come_to_life(&self) -> Result<Option<Blocker>, HookError> {
-        if self.inodes.is_empty() {
+        if self.connections.is_empty() {
             return Ok(None);
         }
-        let (init, inodes, policy) = (self.init, self.inodes.clone(), self.policy);
-        Ok(tokio::task::spawn_blocking(move || inspect::come_to_life(init, &inodes, policy)).await??)
+        let (init, connections, policy) = (self.init, self.connections.clone(), self.policy);
+        Ok(tokio::task::spawn_blocking(move || inspect::come_to_life(init, &connections, policy)).await??)
+    }
+
+    /// Sees to it that what lingers of them does not keep the restored listeners from their ports. The image has their
+    /// options as they were.
+    fn share_ports(&self) -> std::io::Result<()> {
+        self.connections.iter().try_for_each(Connection::share_port)
     }
 }
 
@@ -108,6 +129,7 @@ impl DumpHooks for LastWord<'_> {
         if let Some(busy) = self.connections.come_to_life().await? {
             return Err(busy.to_string().into());
         }
+        self.connections.share_ports()?;
         self.image = Some(self.writer.open()?);
         Ok(())
     }
@@ -225,17 +247,18 @@ impl RuncContainer {
         // Nothing may be thawed again after this: the streams are as they are from here on.
         container.freeze(FREEZE).await.map_err(precondition)?;
         let pids = self.cgroup.procs().map_err(failed)?;
-        let listeners = Listeners::duplicate(&pids, self.options.answered_probes()).map_err(precondition)?;
+        let listeners = while_frozen(&veto, self.listeners(init, &pids)).await?;
         let objections = Objections { veto, listeners };
         if objections.raised().is_some() {
             return Err(RuntimeError::Vetoed);
         }
-        let seen = self.inspection(&container, init).await?;
+        let veto = &objections.veto;
+        let seen = while_frozen(veto, self.inspection(&container, init)).await?;
         self.admit(&seen)?;
         let tcp_close = !seen.closing.is_empty();
         let policy = self.options.connection_policy();
-        let connections = Closing { init, inodes: seen.closing.clone(), policy };
-        self.io.prepare_dump().await.map_err(failed)?;
+        let connections = Closing { init, connections: seen.closing.clone(), policy };
+        while_frozen(veto, async { self.io.prepare_dump().await.map_err(failed) }).await?;
 
         // runc's record must be brought up to date after a direct restore, or exec would not work.
         let (made_by, dumped, image) = match state_file::StateFile::read(&self.state_file()) {
@@ -293,6 +316,13 @@ impl RuncContainer {
         inner.last_pids = pids.into_iter().map(process::number).collect();
         inner.image = Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close });
         Ok(report)
+    }
+
+    /// Takes hold of the sockets by which the frozen agent is reached.
+    async fn listeners(&self, init: Pid, pids: &[Pid]) -> Result<Listeners, RuntimeError> {
+        let (pids, probes) = (pids.to_owned(), self.options.answered_probes());
+        let taken = tokio::task::spawn_blocking(move || Listeners::duplicate(init, &pids, probes)).await;
+        taken.map_err(failed)?.map_err(precondition)
     }
 
     /// What stands in at a restore for what the image has not: pipes of the streams, and sockets that were held.
@@ -406,7 +436,7 @@ impl RuncContainer {
             warn!(id = %self.id, %error, "its terminal has not the size that it should have");
         }
         self.lock().init = woken.init;
-        self.hand_over();
+        self.hand_over().await;
         let mode = mode_name(kind.image().manifest().facts.mode);
         Ok(Restored { process: process::of(woken.pid, woken.exit), engine, mode })
     }
@@ -504,10 +534,12 @@ impl RuncContainer {
     }
 
     /// Gives the clients that came in its sleep to the agent, which is awake.
-    fn hand_over(&self) {
+    async fn hand_over(&self) {
         let Some(listeners) = self.lock().listeners.take() else { return };
         let pids = self.cgroup.procs().unwrap_or_default();
-        listeners.hand_over(&pids);
+        if let Err(error) = tokio::task::spawn_blocking(move || listeners.hand_over(&pids)).await {
+            warn!(id = %self.id, %error, "clients that came in its sleep may be lost");
+        }
     }
 
     /// Completes when a client waits for the sleeping agent.
@@ -535,6 +567,16 @@ mod tests {
     fn more_memory_is_given_more_time() {
         assert_eq!(time_for(0), LEAST_TIME);
         assert_eq!(time_for(100 << 30), LEAST_TIME + Duration::from_secs(5120));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_that_hangs_is_given_up_for_whoever_needs_the_agent_and_in_any_case() {
+        let hangs = || std::future::pending::<Result<(), RuntimeError>>();
+        let veto = Veto::default();
+        assert_eq!(while_frozen(&veto, async { Ok(7) }).await.ok(), Some(7));
+        assert!(matches!(while_frozen(&veto, hangs()).await, Err(RuntimeError::Failed(_))));
+        veto.raise();
+        assert!(matches!(while_frozen(&veto, hangs()).await, Err(RuntimeError::Vetoed)));
     }
 
     #[test]

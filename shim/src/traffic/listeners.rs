@@ -57,13 +57,15 @@ enum Look {
 }
 
 impl Listeners {
-    /// Duplicates the listening sockets of the processes `pids`, which stand still. Changes nothing about the sockets.
+    /// Duplicates the listening sockets of the processes `pids`, which stand still; `init` is the first of them. Changes nothing about the sockets.
     /// Probes from `probes` will be answered for the sleeping agent; without it they wake it.
     ///
     /// # Errors
     /// See [`TrafficError`]; nothing is held then.
-    pub fn duplicate(pids: &[Pid], probes: Option<Sources>) -> Result<Self, TrafficError> {
+    pub fn duplicate(init: Pid, pids: &[Pid], probes: Option<Sources>) -> Result<Self, TrafficError> {
         let mut held: HashMap<u64, Held> = HashMap::new();
+        let network =
+            |pid| procfs::namespace(pid, "net").map_err(|source| TrafficError::Process { pid, source });
         for &pid in pids {
             let look = |source| TrafficError::Process { pid, source };
             // A process that has ended and was not waited for has no descriptors.
@@ -84,14 +86,17 @@ impl Listeners {
                     Err(error) => return Err(look(error)),
                 };
                 let Some(kind) = Kind::of(&socket).map_err(look)? else { continue };
+                if network(pid)? != network(init)? {
+                    return Err(TrafficError::Elsewhere(pid));
+                }
                 let place = Place { inner_pid, number: descriptor.number };
                 held.insert(inode, Held::new(socket, kind, inode, place).map_err(look)?);
             }
         }
         let held: Vec<Held> = held.into_values().collect();
         let mut namespace = None;
-        if let (Some(first), false) = (pids.first(), held.is_empty()) {
-            let opened = File::open(format!("/proc/{first}/ns/net")).map_err(TrafficError::Migration)?;
+        if !held.is_empty() {
+            let opened = File::open(format!("/proc/{init}/ns/net")).map_err(TrafficError::Migration)?;
             if held.iter().any(|held| held.kind == Kind::Stream) {
                 migrate_requests(opened.as_fd()).map_err(TrafficError::Migration)?;
             }

@@ -33,6 +33,9 @@ pub enum TrafficError {
         /// Why.
         source: io::Error,
     },
+    /// The shim takes care of one network namespace.
+    #[error("process {0} listens in a network namespace of its own, where nobody could be kept waiting")]
+    Elsewhere(Pid),
     /// A socket cannot be duplicated or watched.
     #[error("cannot {action} the agent's socket {address}: {source}")]
     Socket {
