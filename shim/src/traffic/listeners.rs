@@ -57,8 +57,8 @@ enum Look {
 }
 
 impl Listeners {
-    /// Duplicates the listening sockets of the processes `pids`, which stand still; `init` is the first of them. Changes nothing about the sockets.
-    /// Probes from `probes` will be answered for the sleeping agent; without it they wake it.
+    /// Duplicates the listening sockets of the processes `pids`, which stand still; `init` is the first of them. Changes
+    /// nothing about the sockets. Probes from `probes` will be answered for the sleeping agent; without it they wake it.
     ///
     /// # Errors
     /// See [`TrafficError`]; nothing is held then.
@@ -66,12 +66,15 @@ impl Listeners {
         let mut held: HashMap<u64, Held> = HashMap::new();
         let network =
             |pid| procfs::namespace(pid, "net").map_err(|source| TrafficError::Process { pid, source });
-        for &pid in pids {
+        let own = network(init)?;
+        // A process that has ended and was not waited for has no descriptors.
+        let alive = pids.iter().filter(|pid| procfs::alive(**pid));
+        let mut processes =
+            alive.map(|&pid| Ok((network(pid)? != own, pid))).collect::<Result<Vec<_>, TrafficError>>()?;
+        // Those of another namespace come last: what they have inherited is known by then.
+        processes.sort_by_key(|(elsewhere, _)| *elsewhere);
+        for (elsewhere, pid) in processes {
             let look = |source| TrafficError::Process { pid, source };
-            // A process that has ended and was not waited for has no descriptors.
-            if !procfs::alive(pid) {
-                continue;
-            }
             let process = Process::open(pid).map_err(look)?;
             let inner_pid = procfs::inner_pid(pid).map_err(look)?;
             for descriptor in descriptors::of(pid).map_err(look)? {
@@ -86,7 +89,7 @@ impl Listeners {
                     Err(error) => return Err(look(error)),
                 };
                 let Some(kind) = Kind::of(&socket).map_err(look)? else { continue };
-                if network(pid)? != network(init)? {
+                if elsewhere {
                     return Err(TrafficError::Elsewhere(pid));
                 }
                 let place = Place { inner_pid, number: descriptor.number };
@@ -246,4 +249,54 @@ fn migrate_requests(namespace: BorrowedFd<'_>) -> io::Result<()> {
         }
         fs::write(MIGRATE, "1")
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::{
+        os::{linux::net::SocketAddrExt as _, unix::net},
+        process::{Child, Command},
+        time::Duration,
+    };
+
+    use rustix::io::FdFlags;
+
+    use super::*;
+
+    /// A process that has inherited whatever is not closed on exec.
+    fn heir(words: &[&str]) -> (Child, Pid) {
+        let child = Command::new(words[0]).args(&words[1..]).spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        (child, pid)
+    }
+
+    #[tokio::test]
+    async fn what_is_known_in_another_network_namespace_alone_is_not_held() {
+        let name = format!("agentcube-test-{}", std::process::id());
+        let address = net::SocketAddr::from_abstract_name(&name).unwrap();
+        let listener = net::UnixListener::bind_addr(&address).unwrap();
+        rustix::io::fcntl_setfd(&listener, FdFlags::empty()).unwrap();
+        let (mut inside, init) = heir(&["sleep", "60"]);
+        let (mut outside, pid) = heir(&["unshare", "--net", "sleep", "60"]);
+        rustix::io::fcntl_setfd(&listener, FdFlags::CLOEXEC).unwrap();
+        let own = procfs::namespace(init, "net").unwrap();
+        let moved = (0..500).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            procfs::namespace(pid, "net").is_ok_and(|found| found != own)
+        });
+        let alone = Listeners::duplicate(init, &[pid], None);
+        let inherited = Listeners::duplicate(init, &[pid, init], None);
+        for child in [&mut inside, &mut outside] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        if !moved {
+            eprintln!("network namespaces cannot be made here");
+            return;
+        }
+        assert!(matches!(alone, Err(TrafficError::Elsewhere(elsewhere)) if elsewhere == pid), "{alone:?}");
+        let inherited = inherited.unwrap();
+        assert_eq!(inherited.lock()[0].address, format!("@{name}"));
+    }
 }
