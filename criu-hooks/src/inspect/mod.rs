@@ -45,16 +45,16 @@ pub struct Inspection {
     /// What only CRIU can tell, in words.
     pub doubts: Vec<String>,
     /// Established connections that a checkpoint would close.
-    pub closing: Vec<Connection>,
+    pub closing: Vec<Closing>,
     /// How long it is until the first of its timer descriptors goes off.
     pub next_timer: Option<Duration>,
     /// Tells whether the container has the same processes and files open as at another look; connections do not count.
     pub fingerprint: u64,
 }
 
-/// An established TCP connection of a container.
+/// An established TCP connection of a container, which a checkpoint would close.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Connection {
+pub struct Closing {
     /// The inode of its socket.
     pub inode: u64,
     /// A process that has it open.
@@ -63,7 +63,7 @@ pub struct Connection {
     pub number: RawFd,
 }
 
-impl Connection {
+impl Closing {
     /// Lets others take its port when it has been closed, and lingers in the kernel for a minute or two. Without that they
     /// can only if the listener that it came by had SO_REUSEADDR.
     ///
@@ -106,7 +106,7 @@ pub fn inspect(container: &Container, init: Pid, policy: Policy) -> Result<Inspe
 ///
 /// # Errors
 /// When the container is gone, or the kernel does not answer.
-pub fn come_to_life(init: Pid, closing: &[Connection], policy: Policy) -> io::Result<Option<Blocker>> {
+pub fn come_to_life(init: Pid, closing: &[Closing], policy: Policy) -> io::Result<Option<Blocker>> {
     let busy = sockets::come_to_life(init, closing, policy)?;
     Ok(busy.map(|(peer, busy)| Blocker::Connection { peer, busy }))
 }

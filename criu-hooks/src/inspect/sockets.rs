@@ -15,7 +15,7 @@ use rustix::{
 };
 
 use super::{
-    Connection,
+    Closing,
     blocker::Blocker,
     connections::{self, Busy, Policy},
     diag::{self, Tcp, Unix},
@@ -40,7 +40,7 @@ pub(super) type Sockets = HashMap<u64, Owner>;
 pub(super) struct Findings {
     pub(super) blockers: Vec<Blocker>,
     /// Connections that would be closed.
-    pub(super) closing: Vec<Connection>,
+    pub(super) closing: Vec<Closing>,
 }
 
 /// The tables of the network namespace of `init`.
@@ -102,7 +102,7 @@ pub(super) fn inspect(
     }
     let closing = verdict.closing.into_iter().filter_map(|inode| {
         let owner = sockets.get(&inode)?;
-        Some(Connection { inode, pid: owner.pid, number: owner.number })
+        Some(Closing { inode, pid: owner.pid, number: owner.number })
     });
     Ok(Findings { blockers, closing: closing.collect() })
 }
@@ -110,7 +110,7 @@ pub(super) fn inspect(
 /// The first of the connections `closing` that must not be closed any more, in the network namespace of `init`.
 pub(super) fn come_to_life(
     init: Pid,
-    closing: &[Connection],
+    closing: &[Closing],
     policy: Policy,
 ) -> io::Result<Option<(SocketAddr, Busy)>> {
     let namespace = File::open(format!("/proc/{init}/ns/net"))?;

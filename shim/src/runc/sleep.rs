@@ -16,7 +16,7 @@ use criu_hooks::{
         RestoreOptions, Spare,
     },
     image::{self, Expected, Image, ImageWriter, Mode, Pages, Store},
-    inspect::{self, Blocker, Connection, Policy},
+    inspect::{self, Blocker, Policy},
     pager::{Eager, Fill},
     preflight::Preflight,
 };
@@ -91,7 +91,7 @@ impl Objections {
 /// Connections that the end of the agent's processes closes. Until then the kernel takes bytes in by them.
 struct Closing {
     init: Pid,
-    connections: Vec<Connection>,
+    connections: Vec<inspect::Closing>,
     policy: Policy,
 }
 
@@ -108,7 +108,7 @@ impl Closing {
     /// Sees to it that what lingers of them does not keep the restored listeners from their ports. The image has their
     /// options as they were.
     fn share_ports(&self) -> std::io::Result<()> {
-        self.connections.iter().try_for_each(Connection::share_port)
+        self.connections.iter().try_for_each(inspect::Closing::share_port)
     }
 }
 
