@@ -15,3 +15,4 @@ pub mod preflight;
 pub mod procfs;
 pub mod readiness;
 pub mod spawn;
+pub mod waits;

@@ -24,6 +24,7 @@ pub mod runtime;
 pub mod sandbox;
 pub mod stats;
 pub mod task;
+pub mod timers;
 pub mod traffic;
 pub mod wake;
 pub mod watch;

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     daemon::PAGER,
     probe_commands::Commands,
+    timers,
     traffic::{Prefix, Sources},
 };
 
@@ -119,6 +120,22 @@ const PROBES: &str = "agentcube.volcano.sh/probes";
 /// The annotation of a pod or container that overrides [`Options::probe_commands`], in JSON.
 const PROBE_COMMANDS: &str = "agentcube.volcano.sh/probe-commands";
 
+/// What becomes of the timers of a checkpointed agent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Timers {
+    /// One that is due late enough wakes it in time; time asleep counts.
+    #[default]
+    Auto,
+    /// The next wakes it in time; time asleep counts.
+    Wake,
+    /// They stand still, and go on with what remained.
+    Resume,
+}
+
+/// The annotation of a pod or container that overrides [`Options::timers`].
+const TIMERS: &str = "agentcube.volcano.sh/timers";
+
 /// The options.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -171,6 +188,10 @@ pub struct Options {
     pub probe_sources: Vec<Prefix>,
     /// With [`Probes::Answer`]: the commands of exec probes, each with its arguments.
     pub probe_commands: Commands,
+    /// What becomes of the timers of a checkpointed agent.
+    pub timers: Timers,
+    /// With [`Timers::Auto`]: in how many seconds at least a timer must be due to wake it.
+    pub timer_horizon_seconds: u32,
 }
 
 impl Default for Options {
@@ -199,6 +220,8 @@ impl Default for Options {
             probes: Probes::default(),
             probe_sources: Vec::new(),
             probe_commands: Commands::default(),
+            timers: Timers::default(),
+            timer_horizon_seconds: 10,
         }
     }
 }
@@ -396,6 +419,14 @@ impl Options {
                 reason: format!("it must be like [[\"cat\", \"/tmp/healthy\"]]: {error}"),
             })?;
         }
+        if let Some(value) = value(TIMERS) {
+            self.timers = match value.as_str() {
+                "auto" => Timers::Auto,
+                "wake" => Timers::Wake,
+                "resume" => Timers::Resume,
+                _ => return wrong(TIMERS, value, "auto, wake, resume"),
+            };
+        }
         Ok(self)
     }
 
@@ -407,6 +438,17 @@ impl Options {
             }
             Connections::Keep => Policy::Keep,
             Connections::Close => Policy::Close,
+        }
+    }
+
+    /// What becomes of its timers when an agent is checkpointed.
+    pub fn timer_policy(&self) -> timers::Policy {
+        match self.timers {
+            Timers::Auto => {
+                timers::Policy::Auto { horizon: Duration::from_secs(self.timer_horizon_seconds.into()) }
+            }
+            Timers::Wake => timers::Policy::Wake,
+            Timers::Resume => timers::Policy::Resume,
         }
     }
 
@@ -600,6 +642,22 @@ mod tests {
         let options =
             Options::from_toml("connections = \"auto\"\nconnection_idle_seconds = 5", "here").unwrap();
         assert_eq!(options.connection_policy(), Policy::Auto { idle: Duration::from_secs(5) });
+    }
+
+    #[test]
+    fn an_annotation_overrides_what_becomes_of_timers() {
+        let annotated = |options: Options, value: &str| {
+            options.annotated(Some(&HashMap::from([(TIMERS.to_owned(), value.to_owned())])))
+        };
+        let auto = |seconds| timers::Policy::Auto { horizon: Duration::from_secs(seconds) };
+        assert_eq!(Options::default().timer_policy(), auto(10));
+        let options = Options::from_toml("timers = \"resume\"\ntimer_horizon_seconds = 60", "x").unwrap();
+        assert_eq!(options.timer_policy(), timers::Policy::Resume);
+        assert_eq!(annotated(options.clone(), "wake").unwrap().timer_policy(), timers::Policy::Wake);
+        assert_eq!(annotated(options.clone(), "auto").unwrap().timer_policy(), auto(60));
+        let error = annotated(options, "never").unwrap_err().to_string();
+        assert!(error.contains("agentcube.volcano.sh/timers"), "{error}");
+        assert!(Options::from_toml("timers = \"never\"", "x").unwrap_err().to_string().contains("never"));
     }
 
     #[test]

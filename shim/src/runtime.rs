@@ -181,7 +181,7 @@ pub struct Reasons {
     pub doubts: Vec<String>,
     /// How many idle connections a checkpoint would close.
     pub closing: usize,
-    /// How long it is until the first of its timer descriptors goes off.
+    /// How long it is until the first of its timers is due, as far as that can be seen.
     pub next_timer: Option<Duration>,
 }
 

@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use rustix::{process::Pid, thread::LinkNameSpaceType};
 
 use super::{
-    DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, ext_mounts, freezer, ghosts,
+    DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, Timers, ext_mounts, freezer, ghosts,
     memory::{self, Memory},
     mode::{ClassicReason, Look},
     namespaces::{self, Kept, Kind},
@@ -32,6 +32,7 @@ use crate::{
     },
     image::{self, Facts, ImageWriter, Mode, Outside, Revoker},
     procfs,
+    waits::TimedWait,
 };
 
 const LOG: &str = "dump.log";
@@ -58,6 +59,8 @@ pub struct DumpOptions {
     pub timeout: Duration,
     /// How much CRIU logs: 2 for errors and warnings, 4 for everything.
     pub log_level: u8,
+    /// What its threads wait for until a time, as far as the caller knows.
+    pub waits: Vec<TimedWait>,
 }
 
 impl Default for DumpOptions {
@@ -72,6 +75,7 @@ impl Default for DumpOptions {
             freeze_timeout: Duration::from_secs(2),
             timeout: Duration::from_mins(1),
             log_level: 2,
+            waits: Vec::new(),
         }
     }
 }
@@ -95,6 +99,8 @@ pub struct DumpReport {
     pub memory_bytes: u64,
     /// What must be kept open until the restore.
     pub kept: Kept,
+    /// What is due in it, where that could be read.
+    pub timers: Option<Timers>,
 }
 
 /// Why there is no image. In each case the processes run on as before.
@@ -272,9 +278,11 @@ impl Engine {
             image_bytes: 0,
             refusal: None,
             thaws,
+            timers: None,
         };
         let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
         report.image_bytes = notify.image_bytes;
+        report.timers = notify.timers;
         report.memory_bytes = plan.memory.bytes;
         report.kept = plan.kept;
         match (outcome, notify.refusal) {
@@ -534,6 +542,7 @@ struct Notify<'a> {
     refusal: Option<DumpError>,
     /// See [`freezer`].
     thaws: bool,
+    timers: Option<Timers>,
 }
 
 impl Notify<'_> {
@@ -543,13 +552,17 @@ impl Notify<'_> {
             // them by dying.
             self.cgroup.freeze(self.options.freeze_timeout).await?;
         }
-        let again = restart::let_calls_go_on(self.writer.images_dir(), self.writer.work_dir(), LOG);
+        let (images, work) = (self.writer.images_dir(), self.writer.work_dir());
+        let again = restart::let_calls_go_on(images, work, LOG, &self.options.waits);
         let again = again.map_err(|source| image::Error::Io {
             action: "let sleeping system calls go on in",
             path: self.writer.path().to_owned(),
             source,
         })?;
         tracing::debug!(again, "system calls that go on after the restore");
+        self.timers = Timers::read(self.writer, &self.options.waits)
+            .inspect_err(|error| tracing::warn!(%error, "the timers of the image cannot be read"))
+            .ok();
         if self.writer.has_parent()
             && let Err(error) = predump::let_parent_be_lazy(self.writer)
         {

@@ -25,12 +25,11 @@ use rustix::{
     thread::LinkNameSpaceType,
 };
 
-use super::namespaces;
+use super::{message::records, namespaces};
 use crate::container::Container;
 
 /// The longest image that is read, in bytes.
 const MAX: u64 = 256 << 20;
-const COMMON: u32 = 0x5456_4319;
 /// The files' images and what follows the common beginning: which files have another name, and all open files.
 const REMAPS: (&str, u32) = ("remap-fpath.img", 0x5913_3954);
 const FILES: (&str, u32) = ("files.img", 0x5630_3138);
@@ -315,22 +314,6 @@ fn read(images: BorrowedFd<'_>, name: &str) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The messages of an image whose second word is `magic`.
-fn records(image: &[u8], magic: u32) -> Option<Vec<&[u8]>> {
-    let word = |at: usize| Some(u32::from_le_bytes(image.get(at..at.checked_add(4)?)?.try_into().ok()?));
-    if [word(0)?, word(4)?] != [COMMON, magic] {
-        return None;
-    }
-    let (mut at, mut found) = (8, Vec::new());
-    while at < image.len() {
-        let length = usize::try_from(word(at)?).ok()?;
-        let end = (at + 4).checked_add(length)?;
-        found.push(image.get(at + 4..end)?);
-        at = end;
-    }
-    Some(found)
-}
-
 /// A field of a message.
 enum Value {
     Number(u64),
@@ -430,7 +413,7 @@ fn ghost_name(name: &OsStr, ghost: u64) -> PathBuf {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::*;
+    use super::{super::message::COMMON, *};
 
     fn image(magic: u32, records: &[&[u8]]) -> Vec<u8> {
         let mut image = [COMMON.to_le_bytes(), magic.to_le_bytes()].concat();

@@ -5,9 +5,11 @@
 
 mod ahead;
 mod dump;
+mod elapse;
 mod freezer;
 mod ghosts;
 mod memory;
+mod message;
 mod mode;
 mod namespaces;
 mod oom;
@@ -15,6 +17,7 @@ mod predump;
 mod restart;
 mod restore;
 mod rootfs;
+mod timers;
 
 use std::{
     path::{Path, PathBuf},
@@ -27,6 +30,7 @@ use rustix::process::Pid;
 
 pub use ahead::Spare;
 pub use dump::{DumpError, DumpOptions, DumpReport};
+pub use elapse::Timers;
 pub use mode::ClassicReason;
 pub use namespaces::Kept;
 pub use predump::{PredumpError, PredumpReport};

@@ -5,23 +5,34 @@
 //! interrupted system call"). Programs that do not expect that, as busybox's `sleep`, would end. So the registers in the
 //! image are set to make the call again: for what is left of the time, where the kernel has noted that for the caller,
 //! and from the beginning where it has not.
+//!
+//! When the time asleep counts, [`elapsed`] sets them once more at the restore, to what is left by then.
 
 use std::{
     fs::File,
     io::{self, Read, Write},
     os::fd::BorrowedFd,
+    time::Duration,
 };
 
-use protobuf::{CodedInputStream, CodedOutputStream};
 use rustix::fs::{Mode, OFlags};
+
+use super::message::{self, Message};
+use crate::waits::{
+    TimedWait,
+    calls::{Call, RESTART},
+};
 
 /// The longest log that is searched, and the longest image of a thread that is changed, in bytes.
 const MAX: u64 = 1 << 20;
-/// What every image begins with, and what one of a thread does.
-const MAGIC: [u32; 2] = [0x5456_4319, 0x5505_3847];
+/// The second word of the image of a thread.
+pub(super) const CORE: u32 = 0x5505_3847;
 /// The fields of an image of a thread: its part for x86, and in that its registers.
 const X86: u32 = 2;
 const REGISTERS: u32 = 2;
+/// The part that every thread has, and in that how its system calls are filtered.
+const THREAD: u32 = 5;
+const SECCOMP: u32 = 11;
 
 /// Registers by their fields in the image.
 mod field {
@@ -46,20 +57,28 @@ mod call {
 
 /// The code segment of 64-bit programs: the calls of others have other numbers.
 const CODE_64_BIT: u64 = 0x33;
-/// -EINTR.
+/// -EINTR and -ETIMEDOUT.
 const INTERRUPTED: u64 = 4_u64.wrapping_neg();
+const TIMED_OUT: u64 = 110_u64.wrapping_neg();
 /// The length of the instruction `syscall`.
 const SYSCALL: u64 = 2;
 
 /// Lets the calls go on that `log` names as interrupted, in the images of a dump whose processes still stand still.
-/// Returns how many.
-pub(super) fn let_calls_go_on(images: BorrowedFd<'_>, work: BorrowedFd<'_>, log: &str) -> io::Result<usize> {
+/// `waits` knows the calls that had been interrupted before, which the kernel has under another number since. Returns
+/// how many.
+pub(super) fn let_calls_go_on(
+    images: BorrowedFd<'_>,
+    work: BorrowedFd<'_>,
+    log: &str,
+    waits: &[TimedWait],
+) -> io::Result<usize> {
     let log = read(&open(work, log, OFlags::RDONLY)?)?;
     let mut changed = 0;
     for thread in interrupted(&String::from_utf8_lossy(&log)) {
         let Some(inside) = id_inside(thread) else { continue };
         let file = open(images, &format!("core-{inside}.img"), OFlags::RDWR)?;
-        let Some(image) = restarted(&read(&file)?) else { continue };
+        let wait = waits.iter().find(|wait| wait.thread.as_raw_nonzero().get().cast_unsigned() == thread);
+        let Some(image) = restarted(&read(&file)?, wait.map(|wait| &wait.call)) else { continue };
         replace(&file, &image)?;
         changed += 1;
     }
@@ -75,28 +94,8 @@ pub(super) fn stacks(images: BorrowedFd<'_>, names: &[String]) -> io::Result<Opt
 
 /// The stack pointer in the image of a thread.
 fn stack_of(image: &[u8]) -> Option<u64> {
-    let word = |at: usize| Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?));
-    if [word(0)?, word(4)?] != MAGIC {
-        return None;
-    }
-    let core = image.get(12..)?.get(..usize::try_from(word(8)?).ok()?)?;
-    let mut stack = None;
-    // Nothing is changed: this is how a part of a part is found.
-    let mut look = |registers: &[u8]| {
-        let mut input = CodedInputStream::from_bytes(registers);
-        while let Some(tag) = input.read_raw_tag_or_eof().ok()? {
-            if tag & 7 != 0 {
-                return None;
-            }
-            let value = input.read_raw_varint64().ok()?;
-            if tag >> 3 == field::SP {
-                stack = Some(value);
-            }
-        }
-        None
-    };
-    with_part(core, X86, |x86| with_part(x86, REGISTERS, &mut look));
-    stack
+    let core = Message::parse(message::records(image, CORE)?.first()?)?;
+    core.parts(X86).find_map(|x86| x86.parts(REGISTERS).find_map(|registers| registers.number(field::SP)))
 }
 
 /// The threads whose calls were interrupted, by their ids here.
@@ -108,7 +107,7 @@ fn interrupted(log: &str) -> impl Iterator<Item = u32> {
 }
 
 /// A thread's id in the innermost PID namespace that it is in: the one that its image is named by.
-fn id_inside(thread: u32) -> Option<u32> {
+pub(super) fn id_inside(thread: u32) -> Option<u32> {
     let status = std::fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
     let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
     ids.split_whitespace().next_back()?.parse().ok()
@@ -119,7 +118,7 @@ pub(super) fn open(directory: BorrowedFd<'_>, name: &str, flags: OFlags) -> io::
     Ok(rustix::fs::openat(directory, name, flags, Mode::empty())?.into())
 }
 
-fn read(file: &File) -> io::Result<Vec<u8>> {
+pub(super) fn read(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(MAX).read_to_end(&mut bytes)?;
     Ok(bytes)
@@ -133,78 +132,25 @@ pub(super) fn replace(mut file: &File, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// The image of a thread with its interrupted call to be made again; none when there is no such call, or the image is
-/// not as known.
-fn restarted(image: &[u8]) -> Option<Vec<u8>> {
-    let word = |at: usize| Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?));
-    if [word(0)?, word(4)?] != MAGIC {
-        return None;
-    }
-    let length = usize::try_from(word(8)?).ok()?;
-    let core = image.get(12..12 + length)?;
-    let rest = &image[12 + length..];
-    let core = with_part(core, X86, |x86| with_part(x86, REGISTERS, restarted_registers))?;
-    let mut changed = image[..8].to_vec();
-    changed.extend(u32::try_from(core.len()).ok()?.to_le_bytes());
-    changed.extend(core);
-    changed.extend(rest);
-    Some(changed)
-}
-
-/// The message with its one part `field` changed; everything else stays byte for byte.
-fn with_part(message: &[u8], field: u32, change: impl FnOnce(&[u8]) -> Option<Vec<u8>>) -> Option<Vec<u8>> {
-    let mut input = CodedInputStream::from_bytes(message);
-    while let Some(tag) = input.read_raw_tag_or_eof().ok()? {
-        if tag == field << 3 | 2 {
-            let start = usize::try_from(input.pos()).ok()?;
-            let part = input.read_bytes().ok()?;
-            let end = usize::try_from(input.pos()).ok()?;
-            let changed = change(&part)?;
-            let mut length = Vec::new();
-            let mut output = CodedOutputStream::vec(&mut length);
-            output.write_raw_varint64(u64::try_from(changed.len()).ok()?).ok()?;
-            output.flush().ok()?;
-            drop(output);
-            return Some([&message[..start], &length, &changed, &message[end..]].concat());
-        }
-        match tag & 7 {
-            0 => drop(input.read_raw_varint64().ok()?),
-            1 => drop(input.read_fixed64().ok()?),
-            2 => drop(input.read_bytes().ok()?),
-            5 => drop(input.read_fixed32().ok()?),
-            _ => return None,
-        }
-    }
-    None
-}
-
-fn restarted_registers(message: &[u8]) -> Option<Vec<u8>> {
-    let mut registers = Vec::new();
-    let mut input = CodedInputStream::from_bytes(message);
-    while let Some(tag) = input.read_raw_tag_or_eof().ok()? {
-        // All of them are plain numbers.
-        if tag & 7 != 0 {
-            return None;
-        }
-        registers.push((tag >> 3, input.read_raw_varint64().ok()?));
-    }
-    restart(&mut registers)?;
-    let mut changed = Vec::new();
-    let mut output = CodedOutputStream::vec(&mut changed);
-    for (field, value) in registers {
-        output.write_uint64(field, value).ok()?;
-    }
-    output.flush().ok()?;
-    drop(output);
-    Some(changed)
+/// not as known. `known` is the call, should it have been interrupted before.
+fn restarted(image: &[u8], known: Option<&Call>) -> Option<Vec<u8>> {
+    let restart = |registers: &mut Message| restart(registers, known).is_some();
+    message::edited(image, CORE, |core| {
+        let mut restart = restart;
+        core.change(X86, |x86| x86.change(REGISTERS, &mut restart))
+    })
 }
 
 /// Sets the registers to make an interrupted call again.
-fn restart(registers: &mut [(u32, u64)]) -> Option<()> {
-    let get = |field| registers.iter().find(|(of, _)| *of == field).map(|(_, value)| *value);
+fn restart(registers: &mut Message, known: Option<&Call>) -> Option<()> {
+    let get = |field| registers.number(field);
     if get(field::CS)? != CODE_64_BIT || get(field::AX)? != INTERRUPTED {
         return None;
     }
-    let number = get(field::ORIG_AX)?;
+    let number = match get(field::ORIG_AX)? {
+        RESTART => known.filter(|known| Some(known.instruction) == get(field::IP))?.number,
+        number => number,
+    };
     // Where the caller wants to be told what is left of the time, the kernel has done so.
     let time = match number {
         call::NANOSLEEP => Some((field::DI, get(field::SI)?)),
@@ -214,16 +160,72 @@ fn restart(registers: &mut [(u32, u64)]) -> Option<()> {
         _ => return None,
     };
     let ip = get(field::IP)?.checked_sub(SYSCALL)?;
-    let mut set = |field, value| {
-        if let Some(register) = registers.iter_mut().find(|(of, _)| *of == field) {
-            register.1 = value;
-        }
-    };
-    set(field::AX, number);
-    set(field::IP, ip);
+    registers.set(field::AX, number);
+    registers.set(field::IP, ip);
     if let Some((request, left)) = time.filter(|(_, left)| *left != 0) {
-        set(request, left);
+        registers.set(request, left);
     }
+    Some(())
+}
+
+/// Sets the registers in the image of a thread that was to make `call` again when `left` of its time is left. Says whether
+/// it has changed anything: what is left of some calls is written in memory, and some know themselves when they end.
+pub(super) fn elapsed(core: &mut Message, call: &Call, left: Duration) -> bool {
+    let filtered = core.parts(THREAD).any(|thread| thread.number(SECCOMP).is_some_and(|mode| mode != 0));
+    core.change(X86, |x86| {
+        x86.change(REGISTERS, |registers| end_in(registers, call, left, filtered).is_some())
+    })
+}
+
+fn end_in(registers: &mut Message, call: &Call, left: Duration, filtered: bool) -> Option<()> {
+    let again = registers.number(field::AX)? == call.number
+        && registers.number(field::IP)?.checked_add(SYSCALL)? == call.instruction
+        && registers.number(field::CS)? == CODE_64_BIT;
+    if !again {
+        return None;
+    }
+    let [_, second, third, fourth, ..] = call.arguments;
+    let mut answer = |result| {
+        registers.set(field::AX, result);
+        registers.set(field::IP, call.instruction);
+    };
+    // Longer than a `poll` can last it begins anew.
+    let milliseconds =
+        || u64::try_from(left.as_nanos().div_ceil(1_000_000)).ok().filter(|&left| left < 1 << 31);
+    let (is_sleep, is_noted) = match call.number {
+        call::POLL => {
+            // It has none when this is negative.
+            if third >> 31 & 1 == 0 {
+                registers.set(field::DX, milliseconds()?);
+            }
+            return Some(());
+        }
+        // FUTEX_WAIT for so long. Without a wake it may return at any time, and its caller then looks at the clock.
+        call::FUTEX if second & 0x7f == 0 && fourth != 0 => {
+            answer(if left.is_zero() { TIMED_OUT } else { 0 });
+            return Some(());
+        }
+        call::NANOSLEEP => (true, second != 0),
+        call::CLOCK_NANOSLEEP => (second == 0, fourth != 0),
+        _ => (false, false),
+    };
+    if !is_sleep {
+        return None;
+    }
+    if left.is_zero() {
+        answer(0);
+        return Some(());
+    }
+    // The length of a sleep is in memory that may be needed again, so a `poll` for nothing takes its place, which has it
+    // in a register; but not where system calls are filtered.
+    if is_noted || filtered {
+        return None;
+    }
+    let milliseconds = milliseconds()?;
+    registers.set(field::AX, call::POLL);
+    registers.set(field::DI, 0);
+    registers.set(field::SI, 0);
+    registers.set(field::DX, milliseconds);
     Some(())
 }
 
@@ -250,38 +252,16 @@ mod tests {
         registers
     }
 
-    fn message(fields: &[(u32, u64)]) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let mut output = CodedOutputStream::vec(&mut bytes);
-        for (field, value) in fields {
-            output.write_uint64(*field, *value).unwrap();
-        }
-        output.flush().unwrap();
-        drop(output);
-        bytes
-    }
-
     fn image(registers: &[(u32, u64)]) -> Vec<u8> {
-        let nest = |before: &[u8], part: &[u8], after: &[u8]| {
-            let mut bytes = before.to_vec();
-            let mut output = CodedOutputStream::vec(&mut bytes);
-            output.write_bytes(2, part).unwrap();
-            output.flush().unwrap();
-            drop(output);
-            bytes.extend(after);
-            bytes
-        };
-        let x86 = nest(&message(&[(1, 77)]), &message(registers), &message(&[(9, 1)]));
-        let core = nest(&message(&[(1, 1)]), &x86, &message(&[(5, 300)]));
-        let mut image: Vec<u8> = MAGIC.iter().flat_map(|word| word.to_le_bytes()).collect();
-        image.extend(u32::try_from(core.len()).unwrap().to_le_bytes());
-        image.extend(core);
-        image
+        let x86 = Message::of(&[(1, 77)]).with(REGISTERS, &Message::of(registers));
+        let core = Message::of(&[(1, 1)]).with(X86, &x86).with(THREAD, &Message::of(&[(1, 300)]));
+        message::image(CORE, &[core])
     }
 
     fn after(registers: &[(u32, u64)]) -> Option<Vec<(u32, u64)>> {
-        let mut changed = registers.to_vec();
-        restart(&mut changed).map(|()| changed)
+        let mut changed = Message::of(registers);
+        restart(&mut changed, None)?;
+        Some(registers.iter().map(|(field, _)| (*field, changed.number(*field).unwrap())).collect())
     }
 
     fn value(registers: &[(u32, u64)], field: u32) -> u64 {
@@ -320,10 +300,10 @@ mod tests {
     fn nothing_else_in_the_image_changes() {
         let registers = sleeping();
         let expected = image(&after(&registers).unwrap());
-        assert_eq!(restarted(&image(&registers)), Some(expected));
+        assert_eq!(restarted(&image(&registers), None), Some(expected));
         let mut other = image(&registers);
         other[4] ^= 1;
-        assert_eq!(restarted(&other), None);
+        assert_eq!(restarted(&other, None), None);
     }
 
     #[test]
@@ -349,12 +329,12 @@ mod tests {
         fn arbitrary_images_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), cut in 0usize..300) {
             let mut framed = image(&sleeping());
             framed.truncate(12.max(framed.len().saturating_sub(cut)));
-            let _ = restarted(&framed);
-            let _ = restarted(&bytes);
-            let mut with_magic: Vec<u8> = MAGIC.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let _ = restarted(&framed, None);
+            let _ = restarted(&bytes, None);
+            let mut with_magic = message::image(CORE, &[]);
             with_magic.extend(u32::try_from(bytes.len()).unwrap().to_le_bytes());
             with_magic.extend(&bytes);
-            let _ = restarted(&with_magic);
+            let _ = restarted(&with_magic, None);
         }
     }
 

@@ -20,7 +20,9 @@ use async_trait::async_trait;
 use rustix::{process::Pid, thread::LinkNameSpaceType};
 
 use super::{
-    DEATH_TIMEOUT, Engine, Failure, NETWORK_KEY, RestoreHooks, Spare, ext_mounts,
+    DEATH_TIMEOUT, Engine, Failure, NETWORK_KEY, RestoreHooks, Spare, Timers,
+    elapse::{self, Remainders},
+    ext_mounts,
     ghosts::Ghosts,
     memory::{self, Detached},
     namespaces::{self, Kept, Kind},
@@ -35,13 +37,16 @@ use crate::{
         self, Event, HookError, Launch, NotifyHooks, Session,
         rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
     },
-    image::{self, Claim, Expected, Image, Mode, Outside, PageCheck, PageMaps, Pages},
+    image::{self, Claim, Edition, Expected, Image, Mode, Outside, PageCheck, PageMaps, Pages},
     pager::{self, Eager, Fill, FillError, LazyOptions, Place},
     procfs,
     spawn::{ExitFuture, Spawner},
 };
 
 const LOG: &str = "restore.log";
+
+/// How long it may take to write down what remains of waits.
+const REMAINDERS: Duration = Duration::from_secs(10);
 
 /// A descriptor that takes the place of one that the processes had.
 #[derive(Debug)]
@@ -84,6 +89,9 @@ pub struct RestoreOptions {
     pub log_level: u8,
     /// Let the agent run before all of its memory is there.
     pub lazy: Option<LazyOptions>,
+    /// Let the time pass for these that the container has slept: from [`super::DumpReport::timers`]. Without them its
+    /// timers, waits and clocks go on where they were.
+    pub timers: Option<Timers>,
 }
 
 impl Default for RestoreOptions {
@@ -96,6 +104,7 @@ impl Default for RestoreOptions {
             timeout: Duration::from_mins(1),
             log_level: 2,
             lazy: None,
+            timers: None,
         }
     }
 }
@@ -322,7 +331,19 @@ impl Engine {
         launch.new_mount_namespace = true;
         let mut request = request(Criu_req_type::RESTORE, LOG, options.log_level);
         let opts = request.opts.mut_or_insert_default();
-        opts.set_images_dir_fd(image.images_dir().as_raw_fd());
+        let edition = match options.timers.clone() {
+            None => None,
+            Some(timers) => match elapse::edition(image.clone(), timers).await {
+                Ok(edition) => Some(edition),
+                Err(error) => {
+                    tracing::warn!(container = container.id, %error, "its timers go on where they were");
+                    None
+                }
+            },
+        };
+        let remainders = Remainders::of(options.timers.as_ref().filter(|_| edition.is_some()));
+        let images = edition.as_ref().map_or(image.images_dir(), Edition::directory);
+        opts.set_images_dir_fd(images.as_raw_fd());
         opts.set_work_dir_fd(image.work_dir().as_raw_fd());
         let mut mounts = container.mount_sources();
         if let Some(root) = &attempt.root {
@@ -373,6 +394,7 @@ impl Engine {
             console: None,
             check: Some(check),
             refusal: None,
+            remainders: Some((remainders, container.cgroup.clone())),
         };
         let outcome = tokio::time::timeout(options.timeout, session.request(&request, &mut notify)).await;
         let Notify { console, refusal, check, .. } = notify;
@@ -672,6 +694,8 @@ struct Notify<'a> {
     check: Option<PageCheck>,
     /// What the check has found.
     refusal: Option<image::Error>,
+    /// Until they are written.
+    remainders: Option<(Remainders, Cgroup)>,
 }
 
 #[async_trait]
@@ -697,6 +721,13 @@ impl NotifyHooks for Notify<'_> {
                             return Err(words.into());
                         }
                     }
+                }
+                if let Some((remainders, cgroup)) =
+                    self.remainders.take().filter(|(some, _)| !some.is_empty())
+                {
+                    let writing = tokio::task::spawn_blocking(move || remainders.write(&cgroup));
+                    // Not later: its threads would take it for their own by then.
+                    tokio::time::timeout(REMAINDERS, writing).await???;
                 }
                 self.hooks.before_resume(pid).await
             }

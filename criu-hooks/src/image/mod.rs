@@ -4,7 +4,7 @@
 //! <root>/<namespace>/<container>/<generation>/
 //!     img/            what CRIU wrote
 //!     parent/         what CRIU wrote in advance, if it did
-//!     work/           CRIU's logs
+//!     work/           CRIU's logs, and during a restore an edition of img/, see [`Edition`]
 //!     manifest.json   written last: what is in img/ and parent/, and whose it is
 //!     pages.sums      checksums of memory pages, computed while the agent sleeps
 //! ```
@@ -13,6 +13,7 @@
 
 mod check;
 mod directory;
+mod edition;
 mod error;
 mod finish;
 mod manifest;
@@ -36,6 +37,7 @@ use rustix::fs::FileType;
 use sha2::{Digest, Sha256};
 
 pub use check::{PageCheck, Pages};
+pub(crate) use edition::Edition;
 pub use error::Error;
 pub use finish::Finished;
 pub(crate) use manifest::number_in_parent;

@@ -1,6 +1,6 @@
 //! What stands in the way of a checkpoint, in words.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use rustix::process::Pid;
 
@@ -108,6 +108,12 @@ pub enum Blocker {
         /// How many.
         waiting: u32,
     },
+    /// It would have to wake at once.
+    #[error("a timer of it is due in {:.1} s, and each is to wake it", left.as_secs_f64())]
+    Timer {
+        /// How long until then.
+        left: Duration,
+    },
 }
 
 impl Blocker {
@@ -130,6 +136,7 @@ impl Blocker {
             Self::Socket { .. } => "socket",
             Self::Connection { .. } => "connection",
             Self::Queue { .. } => "queue",
+            Self::Timer { .. } => "timer",
         }
     }
 }

@@ -34,7 +34,7 @@ use self::{
 use crate::{
     container::{self, Container},
     descriptors::{self, Descriptor, Process},
-    procfs,
+    procfs, waits,
 };
 
 /// What a look at a container has shown.
@@ -46,7 +46,7 @@ pub struct Inspection {
     pub doubts: Vec<String>,
     /// Established connections that a checkpoint would close.
     pub closing: Vec<Closing>,
-    /// How long it is until the first of its timer descriptors goes off.
+    /// How long it is until the first of its timer descriptors goes off, or the first wait of a thread ends by itself.
     pub next_timer: Option<Duration>,
     /// Tells whether the container has the same processes and files open as at another look; connections do not count.
     pub fingerprint: u64,
@@ -136,6 +136,7 @@ impl Inspection {
                 self.next_timer = Some(self.next_timer.map_or(remains, |next| next.min(remains)));
             }
         }
+        self.next_timer = self.next_timer.into_iter().chain(waits::next(pid)).min();
         if watches {
             self.doubts.push(format!(
                 "process {pid} watches files (inotify): whether CRIU can dump that depends on their file system, \

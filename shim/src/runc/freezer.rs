@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use criu_hooks::waits::TimedWait;
 use rustix::process::Pid;
 use tracing::warn;
 
@@ -73,6 +74,11 @@ impl RuncContainer {
         .await?;
         self.lock().frozen.interrupted = interrupted;
         Ok(examined)
+    }
+
+    /// The waits of the frozen container that end by themselves.
+    pub(super) fn timed_waits(&self) -> Vec<TimedWait> {
+        self.lock().frozen.interrupted.timed()
     }
 
     /// Takes duplicates of what the frozen container waits for.

@@ -6,7 +6,7 @@ use criu_hooks::{
     container::Container,
     criu::log::Cause,
     engine::DumpError,
-    inspect::{self, Inspection},
+    inspect::{self, Blocker, Inspection},
 };
 use rustix::process::Pid;
 
@@ -81,7 +81,15 @@ impl RuncContainer {
     ) -> Result<Inspection, RuntimeError> {
         let (container, policy) = (container.clone(), self.options.connection_policy());
         let looked = tokio::task::spawn_blocking(move || inspect::inspect(&container, init, policy)).await;
-        looked.map_err(failed)?.map_err(precondition)
+        let mut seen = looked.map_err(failed)?.map_err(precondition)?;
+        if self.cgroup.is_frozen().unwrap_or(false) {
+            let now = Instant::now();
+            let waits = self.timed_waits().into_iter().map(|wait| wait.until.saturating_duration_since(now));
+            seen.next_timer = seen.next_timer.into_iter().chain(waits).min();
+        }
+        let too_near = self.options.timer_policy().too_near(seen.next_timer);
+        seen.blockers.extend(too_near.map(|left| Blocker::Timer { left }));
+        Ok(seen)
     }
 
     /// Refuses a dump for what a look has shown.

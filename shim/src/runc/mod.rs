@@ -24,7 +24,7 @@ use async_trait::async_trait;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use criu_hooks::{
     cgroup::Cgroup,
-    engine::{Engine, Kept},
+    engine::{Engine, Kept, Timers},
     image::Image,
     pager::Fill,
     preflight::{self, Preflight},
@@ -56,6 +56,7 @@ use crate::{
         RuntimeError, Veto,
     },
     stats,
+    timers::Alarm,
     traffic::Listeners,
     wake::{Demand, WakeCause},
 };
@@ -122,6 +123,10 @@ struct SleepImage {
     ahead: Option<Ahead>,
     /// Connections were closed: they are restored closed.
     tcp_close: bool,
+    /// For which of its timers the time asleep counts.
+    timers: Option<Timers>,
+    /// Rings when it is to wake for one of them.
+    alarm: Arc<Alarm>,
 }
 
 /// By which engine the image was made, and must be restored.
@@ -361,9 +366,12 @@ impl Runtime for RuncContainer {
     }
 
     async fn restore(&self) -> Result<Restored, RuntimeError> {
-        let restored = self.wake_up().await?;
-        self.catch_up();
-        Ok(restored)
+        let restored = self.wake_up().await;
+        match &restored {
+            Ok(_) => self.catch_up(),
+            Err(_) => self.lock().image.iter().for_each(|image| image.alarm.put_off()),
+        }
+        restored
     }
 
     async fn memory_lost(&self) -> Option<String> {
@@ -460,6 +468,7 @@ impl Runtime for RuncContainer {
             () = self.io.input_waiting() => Demand::Wake(WakeCause::Input),
             demand = self.stirred() => demand,
             () = self.client() => Demand::Wake(WakeCause::Traffic),
+            () = self.alarmed() => Demand::Wake(WakeCause::Timer),
         }
     }
 

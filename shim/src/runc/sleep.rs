@@ -13,14 +13,15 @@ use criu_hooks::{
     criu::HookError,
     engine::{
         DumpError, DumpHooks, DumpOptions, Engine, Handover, InheritFd, Kept, RestoreError, RestoreHooks,
-        RestoreOptions, Spare,
+        RestoreOptions, Spare, Timers,
     },
     image::{self, Expected, Image, ImageWriter, Mode, Pages, Store},
     inspect::{self, Blocker, Policy},
     pager::{Eager, Fill},
     preflight::Preflight,
+    waits,
 };
-use rustix::process::Pid;
+use rustix::{process::Pid, time::ClockId};
 use tracing::{info, warn};
 
 use super::{
@@ -33,7 +34,9 @@ use crate::{
     reaper::{ExitWatch, Mark, Reaper},
     runtime::{DumpReport, Restored, RuntimeError, Veto},
     stats,
+    timers::Alarm,
     traffic::Listeners,
+    watch::Before,
 };
 
 /// The engine's name in reports: CRIU driven by the shim.
@@ -209,7 +212,7 @@ impl RuncContainer {
     pub(super) async fn put_to_sleep(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
         // A dump that fails has interrupted what the agent waits for.
         let before = self.look().await;
-        let outcome = self.freeze_and_dump(veto).await;
+        let outcome = self.freeze_and_dump(veto, before.as_ref().ok()).await;
         if let Err(error) = &outcome {
             self.io.abort_dump();
             // Also when it failed before the engine had a hand in it.
@@ -224,7 +227,7 @@ impl RuncContainer {
         outcome
     }
 
-    async fn freeze_and_dump(&self, veto: Veto) -> Result<DumpReport, RuntimeError> {
+    async fn freeze_and_dump(&self, veto: Veto, before: Option<&Before>) -> Result<DumpReport, RuntimeError> {
         if self.options.systemd_cgroup {
             return Err(precondition(SYSTEMD));
         }
@@ -243,6 +246,8 @@ impl RuncContainer {
         if veto.is_raised() {
             return Err(RuntimeError::Vetoed);
         }
+        // One that slept frozen was looked at when it fell asleep.
+        let before = before.filter(|_| !self.cgroup.is_frozen().unwrap_or(false));
         let frozen = Instant::now();
         // Nothing may be thawed again after this: the streams are as they are from here on.
         container.freeze(FREEZE).await.map_err(precondition)?;
@@ -253,8 +258,13 @@ impl RuncContainer {
             return Err(RuntimeError::Vetoed);
         }
         let veto = &objections.veto;
+        if let Some(before) = before {
+            // Here it does not matter whether it has something to do, but only how long it waits.
+            let _ = while_frozen(veto, self.examine(before.clone())).await?;
+        }
         let seen = while_frozen(veto, self.inspection(&container, init)).await?;
         self.admit(&seen)?;
+        let alarm = Alarm::new().map_err(failed)?;
         let tcp_close = !seen.closing.is_empty();
         let policy = self.options.connection_policy();
         let connections = Closing { init, connections: seen.closing.clone(), policy };
@@ -275,6 +285,7 @@ impl RuncContainer {
                     tcp_close,
                     mode: self.options.criu_mode.into(),
                     memory_limit: self.options.memory_limit_mib.saturating_mul(1 << 20),
+                    waits: self.timed_waits(),
                     ..DumpOptions::default()
                 };
                 let dump = engine.dump(&container, init, &writer, &options, &mut hooks).await;
@@ -312,9 +323,12 @@ impl RuncContainer {
         let ahead = self.options.criu_started_ahead && made_by == DIRECT;
         let ahead = if ahead { self.start_ahead(container, &image, &dumped.kept) } else { None };
         let kind = if made_by == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
+        let timers = dumped.timers.filter(|_| self.options.timer_policy().counts());
+        self.set_alarm(&alarm, timers.as_ref());
         let mut inner = self.lock();
         inner.last_pids = pids.into_iter().map(process::number).collect();
-        inner.image = Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close });
+        inner.image =
+            Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close, timers, alarm: Arc::new(alarm) });
         Ok(report)
     }
 
@@ -323,6 +337,26 @@ impl RuncContainer {
         let (pids, probes) = (pids.to_owned(), self.options.answered_probes());
         let taken = tokio::task::spawn_blocking(move || Listeners::duplicate(init, &pids, probes)).await;
         taken.map_err(failed)?.map_err(precondition)
+    }
+
+    /// Sets the alarm for the first of its timers that is to wake it.
+    fn set_alarm(&self, alarm: &Alarm, timers: Option<&Timers>) {
+        let now = waits::now(ClockId::Boottime);
+        let due = timers.into_iter().flat_map(Timers::due).map(|due| due.saturating_sub(now));
+        let Some(first) = self.options.timer_policy().first(due) else { return };
+        info!(id = %self.id, seconds = first.as_secs_f64(), "a timer is to wake it");
+        if let Err(error) = alarm.set(first) {
+            warn!(id = %self.id, %error, "its timers will not wake it");
+        }
+    }
+
+    /// Completes when the checkpointed agent is to wake for a timer.
+    pub(super) async fn alarmed(&self) {
+        let alarm = self.lock().image.as_ref().map(|image| image.alarm.clone());
+        match alarm {
+            Some(alarm) => alarm.rings().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// What stands in at a restore for what the image has not: pipes of the streams, and sockets that were held.
@@ -396,10 +430,11 @@ impl RuncContainer {
     }
 
     pub(super) async fn wake_up(&self) -> Result<Restored, RuntimeError> {
-        let (kind, kept, ahead, tcp_close) = {
+        let (kind, kept, ahead, tcp_close, timers) = {
             let mut inner = self.lock();
             let image = inner.image.as_mut().ok_or_else(|| failed("there is no image of it"))?;
-            (image.kind.clone(), image.kept.try_clone().map_err(failed)?, image.ahead.take(), image.tcp_close)
+            let kept = image.kept.try_clone().map_err(failed)?;
+            (image.kind.clone(), kept, image.ahead.take(), image.tcp_close, image.timers.clone())
         };
         let spare = match ahead {
             Some(ahead) => ahead.take().await,
@@ -413,6 +448,7 @@ impl RuncContainer {
                     tcp_close,
                     timeout: time_for(image.bytes()),
                     lazy: self.options.lazy(),
+                    timers,
                     ..RestoreOptions::default()
                 };
                 let woken = self.restore_directly(&container, image, options, spare).await?;

@@ -9,10 +9,8 @@
 //! after it ([`watch`]): a thread that did anything in between was about to work, and the sleep is given up. That also
 //! covers what no descriptor shows any more, such as a request that a thread has read but not begun to answer.
 
-mod calls;
 mod descriptors;
 mod ready;
-mod threads;
 
 use std::{
     collections::HashMap,
@@ -20,19 +18,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::{
-    io::Errno,
-    process::Pid,
-    time::{ClockId, clock_gettime},
+use criu_hooks::waits::{
+    self, TimedWait,
+    calls::{self, Call, RESTART, Unclear, Until, Wait},
+    threads::{self, Space, Thread},
 };
+use rustix::{io::Errno, process::Pid, time::ClockId};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::debug;
 
-use self::{
-    calls::{Call, RESTART, Unclear, Until, Wait},
-    descriptors::{Duplicates, Owners, Wanted},
-    threads::{Space, Thread},
-};
+use self::descriptors::{Duplicates, Owners, Wanted};
 use crate::wake::WakeCause;
 
 /// How often a sleeping agent is looked at for signals, which nothing tells of: `alarm` and the like arrive that late.
@@ -93,7 +88,7 @@ impl Error {
 }
 
 /// How an agent was just before its freeze.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Before {
     threads: HashMap<Pid, Thread>,
     packets: Option<u64>,
@@ -117,6 +112,7 @@ pub struct Interrupted(HashMap<Pid, Known>);
 /// A wait as it was when a freeze interrupted it.
 #[derive(Debug, Clone, Copy)]
 struct Known {
+    process: Pid,
     call: Call,
     until: Option<Instant>,
     /// What was left of its time limit, where the kernel writes that down.
@@ -133,6 +129,15 @@ impl Interrupted {
         let again = call.number == RESTART || thread.switches <= known.switches + AGAIN;
         (same && again).then_some(*known)
     }
+
+    /// The waits that end by themselves, as the last look at the frozen agent has shown them.
+    pub fn timed(&self) -> Vec<TimedWait> {
+        let timed = self.0.iter().filter_map(|(&thread, known)| {
+            let Known { process, call, until, .. } = *known;
+            Some(TimedWait { process, thread, call, until: until? })
+        });
+        timed.collect()
+    }
 }
 
 /// What a frozen agent waits for, before there is anything to poll.
@@ -143,19 +148,14 @@ pub struct Prepared {
     processes: Vec<Pid>,
 }
 
-/// The end of a thread's wait, seen from the freeze.
-fn deadline(until: Until, frozen: Instant, elapsed: Duration) -> Option<Instant> {
-    let clock = |id| {
-        let now = clock_gettime(id);
-        let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-        Duration::new(seconds, u32::try_from(now.tv_nsec).unwrap_or(0))
-    };
+/// The end of a wait of a thread of `process`, seen from the freeze.
+fn deadline(until: Until, process: Pid, frozen: Instant, elapsed: Duration) -> Option<Instant> {
     let now = Instant::now();
     match until {
         Until::Left(left) => frozen.checked_add(left),
         Until::Lasts(all) => frozen.checked_add(all.saturating_sub(elapsed)),
-        Until::Monotonic(at) => now.checked_add(at.saturating_sub(clock(ClockId::Monotonic))),
-        Until::Realtime(at) => now.checked_add(at.saturating_sub(clock(ClockId::Realtime))),
+        Until::Monotonic(at) => now.checked_add(waits::time_to(ClockId::Monotonic, at, process)),
+        Until::Realtime(at) => now.checked_add(waits::time_to(ClockId::Realtime, at, process)),
     }
 }
 
@@ -219,14 +219,15 @@ fn wait_of(
         }
         _ => {
             let elapsed = earlier.filter(|_| seen == Some(real)).map(|earlier| elapsed(earlier, thread));
-            wait.until.and_then(|until| deadline(until, frozen, elapsed.unwrap_or_default()))
+            wait.until.and_then(|until| deadline(until, thread.process, frozen, elapsed.unwrap_or_default()))
         }
     };
     let left = match wait.until {
         Some(Until::Left(left)) => Some(left),
         _ => None,
     };
-    Ok((wait, Known { call: real, until, left, switches: thread.switches }))
+    let (process, switches) = (thread.process, thread.switches);
+    Ok((wait, Known { process, call: real, until, left, switches }))
 }
 
 /// What the threads of a frozen agent wait for.

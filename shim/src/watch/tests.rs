@@ -79,11 +79,15 @@ fn an_interrupted_wait_is_known_again_by_its_registers_and_ends_when_it_was_to_e
     let end = Instant::now() + Duration::from_secs(50);
     let first = thread(EPOLL_PWAIT, 7);
     let call = first.call.unwrap();
-    let interrupted =
-        Interrupted(HashMap::from([(first.id, Known { call, until: Some(end), left: None, switches: 5 })]));
+    let interrupted = Interrupted(HashMap::from([(
+        first.id,
+        Known { process: first.process, call, until: Some(end), left: None, switches: 5 },
+    )]));
     let restarted =
         |instruction| Thread { call: Some(Call { number: RESTART, instruction, ..call }), ..first.clone() };
     let same = restarted(call.instruction);
+    let timed = interrupted.timed();
+    assert_eq!((timed.len(), timed[0].thread, timed[0].call, timed[0].until), (1, first.id, call, end));
     let (wait, known) = wait_of(&before(same.clone()), &same, Instant::now(), &interrupted).unwrap();
     assert_eq!((wait.descriptors.len(), known.call, known.until), (1, call, Some(end)));
     let other = restarted(call.instruction + 1);
@@ -94,7 +98,7 @@ fn an_interrupted_wait_is_known_again_by_its_registers_and_ends_when_it_was_to_e
 #[test]
 fn a_time_limit_counts_from_where_it_began() {
     let frozen = Instant::now();
-    let at = |until, elapsed| deadline(until, frozen, elapsed).unwrap() - frozen;
+    let at = |until, elapsed| deadline(until, rustix::process::getpid(), frozen, elapsed).unwrap() - frozen;
     let second = Duration::from_secs(1);
     assert_eq!(at(Until::Left(10 * second), 3 * second), 10 * second);
     assert_eq!(at(Until::Lasts(10 * second), 3 * second), 7 * second);
@@ -127,7 +131,7 @@ fn a_wait_of_the_same_registers_is_another_one_when_its_thread_has_run_in_betwee
     let call = known.call.unwrap();
     let interrupted = Interrupted(HashMap::from([(
         known.id,
-        Known { call, until: None, left: None, switches: known.switches },
+        Known { process: known.process, call, until: None, left: None, switches: known.switches },
     )]));
     assert!(interrupted.of(&thread(EPOLL_PWAIT, 9), &call).is_some());
     assert!(interrupted.of(&thread(EPOLL_PWAIT, 8 + AGAIN), &call).is_none());

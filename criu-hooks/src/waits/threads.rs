@@ -7,10 +7,10 @@ use std::{
     time::Duration,
 };
 
-use criu_hooks::procfs;
 use rustix::process::Pid;
 
 use super::calls::Call;
+use crate::procfs;
 
 /// One thread.
 #[derive(Debug, Clone, PartialEq)]
@@ -94,6 +94,11 @@ fn began(text: &str) -> Option<Duration> {
     let value = text.lines().find_map(|line| line.strip_prefix("se.exec_start"))?;
     let milliseconds: f64 = value.trim().strip_prefix(':')?.trim().parse().ok()?;
     Duration::try_from_secs_f64(milliseconds / 1000.0).ok()
+}
+
+/// When the calling thread last began to run, by the clock of its processor.
+pub(super) fn began_here() -> Option<Duration> {
+    began(&fs::read_to_string("/proc/thread-self/sched").ok()?)
 }
 
 /// Whether `/proc/PID/status` tells of a signal that is pending and neither blocked nor ignored.

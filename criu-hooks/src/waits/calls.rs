@@ -150,7 +150,8 @@ mod newer {
     pub const FUTEX_WAIT: u64 = 455;
 }
 
-pub use number::RESTART;
+/// The call by which the kernel goes on with one that was interrupted; it tells nothing of that one.
+pub const RESTART: u64 = number::RESTART;
 
 /// The most descriptors of one `poll` or `select` that are looked at: as many as a process may usually have open.
 const MOST: u64 = 1 << 20;
@@ -228,6 +229,21 @@ pub fn wait_of(call: &Call, memory: Memory) -> Result<Wait, Unclear> {
         number::RESTART => Err(Unclear::Restarted),
         _ => Err(Unclear::Runs),
     }
+}
+
+/// Where the kernel writes down what is left of the time of a call that it interrupts, in which unit of the fraction of a
+/// second, in nanoseconds.
+pub fn remainder(call: &Call) -> Option<(u64, u32)> {
+    let [_, second, third, fourth, fifth, _] = call.arguments;
+    let (address, unit) = match call.number {
+        number::NANOSLEEP => (second, 1),
+        number::CLOCK_NANOSLEEP if second & 1 == 0 => (fourth, 1),
+        number::PPOLL => (third, 1),
+        number::PSELECT6 => (fifth, 1),
+        number::SELECT => (fifth, 1000),
+        _ => return None,
+    };
+    (address != 0).then_some((address, unit))
 }
 
 fn futex(memory: Memory, operation: u64, timeout: u64) -> Result<Wait, Unclear> {
