@@ -181,7 +181,7 @@ mod tests {
             assert_eq!(state.pause.as_secs(), pause);
             *alarm.state.lock().unwrap() = State { at: Some(Duration::ZERO), pause: state.pause };
         }
-        alarm.set(Duration::from_secs(60)).unwrap();
+        alarm.set(Duration::from_mins(1)).unwrap();
         alarm.put_off();
         let at = alarm.state.lock().unwrap().at.unwrap();
         assert!(at > waits::now(ClockId::Boottime) + Duration::from_secs(59), "it had not rung");

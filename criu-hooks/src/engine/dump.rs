@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use rustix::{process::Pid, thread::LinkNameSpaceType};
 
 use super::{
-    DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, Timers, ext_mounts, freezer, ghosts,
+    DEATH_TIMEOUT, DumpHooks, Engine, Failure, NETWORK_KEY, Timers, elapse, ext_mounts, freezer, ghosts,
     memory::{self, Memory},
     mode::{ClassicReason, Look},
     namespaces::{self, Kept, Kind},
@@ -568,6 +568,12 @@ impl Notify<'_> {
         {
             tracing::warn!(%error, "what was written in advance will be restored before the agent runs");
         }
+        let early = elapse::let_remainders_be_early(self.writer, &self.options.waits);
+        early.map_err(|source| image::Error::Io {
+            action: "let what remains of waits be early in",
+            path: self.writer.path().to_owned(),
+            source,
+        })?;
         let mut facts = self.facts.clone();
         facts.stopped_us = u64::try_from(self.frozen.elapsed().as_micros()).unwrap_or(u64::MAX);
         ghosts::check(self.writer.images_dir()).await.map_err(DumpError::Files)?;

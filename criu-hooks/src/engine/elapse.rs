@@ -6,8 +6,9 @@
 //! when they stand still again ([`Remainders`]). The image itself never changes, so no time is counted twice.
 
 use std::{
+    collections::HashMap,
     fs::OpenOptions,
-    io,
+    io::{self, Read as _},
     os::unix::fs::FileExt as _,
     time::{Duration, Instant},
 };
@@ -20,7 +21,10 @@ use super::{
 };
 use crate::{
     cgroup::Cgroup,
-    image::{Edition, Image, ImageWriter},
+    image::{
+        Edition, Image, ImageWriter,
+        pagemap::{self, Pagemap},
+    },
     waits::{self, TimedWait, calls},
 };
 
@@ -30,7 +34,8 @@ use crate::{
 pub struct Timers {
     /// The end of the dump, by CLOCK_BOOTTIME and by CLOCK_REALTIME.
     dumped: (Duration, Duration),
-    timers: Vec<Duration>,
+    /// What remained then of those in the image.
+    remained: Vec<Duration>,
     waits: Vec<Wait>,
 }
 
@@ -52,13 +57,13 @@ impl Timers {
     pub(super) fn read(writer: &ImageWriter, waits: &[TimedWait]) -> io::Result<Timers> {
         let dumped = (waits::now(ClockId::Boottime), waits::now(ClockId::Realtime));
         let now = Instant::now();
-        let mut timers = Vec::new();
+        let mut remained = Vec::new();
         for name in names(writer.images_dir())? {
             let read = |name: &str| restart::read(&restart::open(writer.images_dir(), name, OFlags::RDONLY)?);
             if name == FILES {
-                timers.extend(timers::of_files(&read(&name)?));
+                remained.extend(timers::of_files(&read(&name)?));
             } else if is_core(&name) {
-                timers.extend(timers::of_process(&read(&name)?));
+                remained.extend(timers::of_process(&read(&name)?));
             }
         }
         let inside = |id: Pid| restart::id_inside(id.as_raw_nonzero().get().cast_unsigned());
@@ -67,17 +72,19 @@ impl Timers {
             let (thread, process) = (inside(wait.thread)?, inside(wait.process)?);
             Some(Wait { thread, process, call: wait.call, due })
         });
-        Ok(Timers { dumped, timers, waits: waits.collect() })
+        Ok(Timers { dumped, remained, waits: waits.collect() })
     }
 
     /// When each of them is due, by CLOCK_BOOTTIME, in no order.
     pub fn due(&self) -> impl Iterator<Item = Duration> {
-        let timers = self.timers.iter().map(|left| self.dumped.0.saturating_add(*left));
+        let timers = self.remained.iter().map(|left| self.dumped.0.saturating_add(*left));
         timers.chain(self.waits.iter().map(|wait| wait.due))
     }
 }
 
 const FILES: &str = "files.img";
+/// How many bytes the kernel writes to tell what remains.
+const SPAN: u64 = 16;
 
 fn is_core(name: &str) -> bool {
     name.starts_with("core-")
@@ -91,13 +98,14 @@ fn names(directory: rustix::fd::BorrowedFd<'_>) -> io::Result<Vec<String>> {
     entries.map(name).collect()
 }
 
-/// An edition of `image` in which the time since its dump has passed.
-///
-/// # Errors
-/// When it cannot be written.
-pub(super) async fn edition(image: Image, timers: Timers) -> io::Result<Edition> {
+/// An edition of `image` in which the time since its dump has passed, where that matters. Without one its timers go on
+/// where they were: better than no wake.
+pub(super) async fn edition(image: &Image, timers: Option<&Timers>) -> Option<Edition> {
+    let (image, timers) = (image.clone(), timers?.clone());
     // Its disk may be slow.
-    tokio::task::spawn_blocking(move || make_edition(&image, &timers)).await.map_err(io::Error::other)?
+    let made = tokio::task::spawn_blocking(move || make_edition(&image, &timers)).await;
+    let made = made.map_err(io::Error::other).and_then(|made| made);
+    made.inspect_err(|error| tracing::warn!(%error, "timers go on where they were")).ok()
 }
 
 fn make_edition(image: &Image, timers: &Timers) -> io::Result<Edition> {
@@ -134,6 +142,36 @@ fn make_edition(image: &Image, timers: &Timers) -> io::Result<Edition> {
     Edition::of(image, &changed)
 }
 
+/// Has the memory restored before anything runs in which the kernel has written what remains of these waits: what is to come
+/// later cannot be written.
+///
+/// # Errors
+/// When the image cannot be read or changed, and is of no use.
+pub(super) fn let_remainders_be_early(writer: &ImageWriter, waits: &[TimedWait]) -> io::Result<()> {
+    let mut pages: HashMap<Pid, Vec<u64>> = HashMap::new();
+    for wait in waits {
+        let Some((address, _)) = calls::remainder(&wait.call) else { continue };
+        pages.entry(wait.process).or_default().extend([address, address.saturating_add(SPAN - 1)]);
+    }
+    for (process, addresses) in pages {
+        let Some(inside) = restart::id_inside(process.as_raw_nonzero().get().cast_unsigned()) else {
+            continue;
+        };
+        let file = match restart::open(writer.images_dir(), &Pagemap::name(inside), OFlags::RDWR) {
+            Ok(file) => file,
+            // It has ended.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        let mut bytes = Vec::new();
+        (&file).take(pagemap::MAX_PAGEMAP).read_to_end(&mut bytes)?;
+        if let Some(marked) = pagemap::with_eager(&bytes, &addresses).map_err(io::Error::other)? {
+            restart::replace(&file, &marked)?;
+        }
+    }
+    Ok(())
+}
+
 /// What remains of waits, where the kernel has written it down for their threads.
 #[derive(Debug)]
 pub(super) struct Remainders(Vec<Wait>);
@@ -151,15 +189,11 @@ impl Remainders {
         self.0.is_empty()
     }
 
-    /// Writes what is left now into the memory of the restored processes, which stand still. May block on memory that is
-    /// to come.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub(super) fn write(&self, cgroup: &Cgroup) -> io::Result<()> {
-        let pids = cgroup.procs().map_err(io::Error::other)?;
+    /// Writes what is left now into the memory of the restored processes, which stand still. Where that fails a wait goes
+    /// on with what remained.
+    pub(super) fn write(&self, cgroup: &Cgroup) {
         let now = waits::now(ClockId::Boottime);
-        for pid in pids {
+        for pid in cgroup.procs().unwrap_or_default() {
             let number = pid.as_raw_nonzero().get().cast_unsigned();
             let Some(inside) = restart::id_inside(number) else { continue };
             let own = self.0.iter().filter(|wait| wait.process == inside);
@@ -168,10 +202,11 @@ impl Remainders {
                 let left = wait.due.saturating_sub(now);
                 let fraction = left.subsec_nanos() / unit;
                 let bytes = [left.as_secs().to_ne_bytes(), u64::from(fraction).to_ne_bytes()].concat();
-                let memory = OpenOptions::new().write(true).open(format!("/proc/{pid}/mem"))?;
-                memory.write_all_at(&bytes, address)?;
+                let memory = OpenOptions::new().write(true).open(format!("/proc/{pid}/mem"));
+                if let Err(error) = memory.and_then(|memory| memory.write_all_at(&bytes, address)) {
+                    tracing::warn!(%pid, %error, "a wait goes on with what remained of it");
+                }
             }
         }
-        Ok(())
     }
 }

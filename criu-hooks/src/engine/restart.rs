@@ -60,6 +60,9 @@ const CODE_64_BIT: u64 = 0x33;
 /// -EINTR and -ETIMEDOUT.
 const INTERRUPTED: u64 = 4_u64.wrapping_neg();
 const TIMED_OUT: u64 = 110_u64.wrapping_neg();
+/// What a futex is asked for, without flags: to wait for so long.
+const FUTEX_COMMAND: u64 = 0x7f;
+const FUTEX_WAIT: u64 = 0;
 /// The length of the instruction `syscall`.
 const SYSCALL: u64 = 2;
 
@@ -200,8 +203,8 @@ fn end_in(registers: &mut Message, call: &Call, left: Duration, filtered: bool) 
             }
             return Some(());
         }
-        // FUTEX_WAIT for so long. Without a wake it may return at any time, and its caller then looks at the clock.
-        call::FUTEX if second & 0x7f == 0 && fourth != 0 => {
+        // Without a wake it may return at any time, and its caller then looks at the clock.
+        call::FUTEX if second & FUTEX_COMMAND == FUTEX_WAIT && fourth != 0 => {
             answer(if left.is_zero() { TIMED_OUT } else { 0 });
             return Some(());
         }
@@ -293,6 +296,70 @@ mod tests {
             let mut registers = sleeping();
             registers[field as usize - 1].1 = value;
             assert_eq!(after(&registers), None, "{field} = {value:#x}");
+        }
+    }
+
+    #[test]
+    fn a_call_that_had_been_interrupted_before_is_known_by_its_place() {
+        let mut registers = sleeping();
+        registers[field::ORIG_AX as usize - 1].1 = RESTART;
+        let known = |instruction| Call {
+            number: call::CLOCK_NANOSLEEP,
+            arguments: [0, 0, 1, 0x7fff_1000, 0, 0],
+            stack: 1 << 40,
+            instruction,
+        };
+        let restarted = |known: Option<Call>| {
+            let mut changed = Message::of(&registers);
+            restart(&mut changed, known.as_ref()).and_then(|()| changed.number(field::AX))
+        };
+        assert_eq!(restarted(Some(known(0x4b_0642))), Some(call::CLOCK_NANOSLEEP));
+        assert_eq!(restarted(Some(known(0x4b_0644))), None);
+        assert_eq!(restarted(None), None);
+    }
+
+    /// The registers AX, IP, DI and DX of a thread that makes a call again, when so many milliseconds of it are left; none
+    /// when nothing changes.
+    fn ends(number: u64, arguments: [u64; 6], left: u64, filtered: bool) -> Option<[u64; 4]> {
+        let call = Call { number, arguments, stack: 1 << 40, instruction: 0x4b_0642 };
+        let [di, si, dx, r10, ..] = arguments;
+        let mut registers = sleeping();
+        for (field, value) in [(field::AX, number), (field::IP, 0x4b_0640), (field::DI, di), (field::SI, si)]
+        {
+            registers[field as usize - 1].1 = value;
+        }
+        registers[field::DX as usize - 1].1 = dx;
+        registers[field::R10 as usize - 1].1 = r10;
+        let thread = Message::of(&[(1, 0), (SECCOMP, u64::from(filtered) * 2)]);
+        let x86 = Message::of(&[]).with(REGISTERS, &Message::of(&registers));
+        let mut core = Message::of(&[(1, 1)]).with(X86, &x86).with(THREAD, &thread);
+        let left = Duration::from_millis(left).saturating_sub(Duration::from_nanos(1));
+        elapsed(&mut core, &call, left).then(|| {
+            let registers = core.parts(X86).next().unwrap().parts(REGISTERS).next().unwrap();
+            [field::AX, field::IP, field::DI, field::DX].map(|field| registers.number(field).unwrap())
+        })
+    }
+
+    #[test]
+    fn a_wait_is_made_again_for_what_is_left_or_is_over() {
+        const AGAIN: u64 = 0x4b_0640;
+        const AFTER: u64 = 0x4b_0642;
+        assert_eq!(ends(call::POLL, [9, 1, 5000, 0, 0, 0], 700, true), Some([call::POLL, AGAIN, 9, 700]));
+        assert_eq!(ends(call::POLL, [9, 1, 5000, 0, 0, 0], 0, true), Some([call::POLL, AGAIN, 9, 0]));
+        assert_eq!(ends(call::FUTEX, [9, 128, 0, 8, 0, 0], 700, true), Some([0, AFTER, 9, 0]));
+        assert_eq!(ends(call::FUTEX, [9, 128, 0, 8, 0, 0], 0, true), Some([TIMED_OUT, AFTER, 9, 0]));
+        // One until a moment.
+        assert_eq!(ends(call::FUTEX, [9, 137, 0, 8, 0, 0], 0, true), None);
+        assert_eq!(ends(call::CLOCK_NANOSLEEP, [1, 1, 8, 0, 0, 0], 0, false), None);
+        // Of which the kernel has written down what is left.
+        assert_eq!(ends(call::NANOSLEEP, [8, 9, 0, 0, 0, 0], 700, false), None);
+        for (number, arguments) in
+            [(call::NANOSLEEP, [8, 0, 3, 0, 0, 0]), (call::CLOCK_NANOSLEEP, [8, 0, 3, 0, 0, 0])]
+        {
+            assert_eq!(ends(number, arguments, 700, false), Some([call::POLL, AGAIN, 0, 700]));
+            assert_eq!(ends(number, arguments, 700, true), None);
+            assert_eq!(ends(number, arguments, 0, true), Some([0, AFTER, 8, 3]));
+            assert_eq!(ends(number, arguments, 1 << 31, false), None, "longer than a poll");
         }
     }
 

@@ -45,9 +45,6 @@ use crate::{
 
 const LOG: &str = "restore.log";
 
-/// How long it may take to write down what remains of waits.
-const REMAINDERS: Duration = Duration::from_secs(10);
-
 /// A descriptor that takes the place of one that the processes had.
 #[derive(Debug)]
 pub struct InheritFd {
@@ -331,16 +328,7 @@ impl Engine {
         launch.new_mount_namespace = true;
         let mut request = request(Criu_req_type::RESTORE, LOG, options.log_level);
         let opts = request.opts.mut_or_insert_default();
-        let edition = match options.timers.clone() {
-            None => None,
-            Some(timers) => match elapse::edition(image.clone(), timers).await {
-                Ok(edition) => Some(edition),
-                Err(error) => {
-                    tracing::warn!(container = container.id, %error, "its timers go on where they were");
-                    None
-                }
-            },
-        };
+        let edition = elapse::edition(image, options.timers.as_ref()).await;
         let remainders = Remainders::of(options.timers.as_ref().filter(|_| edition.is_some()));
         let images = edition.as_ref().map_or(image.images_dir(), Edition::directory);
         opts.set_images_dir_fd(images.as_raw_fd());
@@ -722,12 +710,10 @@ impl NotifyHooks for Notify<'_> {
                         }
                     }
                 }
-                if let Some((remainders, cgroup)) =
-                    self.remainders.take().filter(|(some, _)| !some.is_empty())
-                {
-                    let writing = tokio::task::spawn_blocking(move || remainders.write(&cgroup));
-                    // Not later: its threads would take it for their own by then.
-                    tokio::time::timeout(REMAINDERS, writing).await???;
+                let remainders = self.remainders.take().filter(|(remainders, _)| !remainders.is_empty());
+                if let Some((remainders, cgroup)) = remainders {
+                    // Not later: its threads would take that memory for their own by then.
+                    tokio::task::spawn_blocking(move || remainders.write(&cgroup)).await?;
                 }
                 self.hooks.before_resume(pid).await
             }

@@ -219,8 +219,8 @@ mod tests {
         assert_eq!(after(descriptor(1, 1, 60, 0), 20), [2, 0, 40, 0]);
     }
 
-    fn process(timers: Message) -> Vec<u8> {
-        let task = Message::of(&[(1, 1)]).with(TIMERS, &timers);
+    fn process(timers: &Message) -> Vec<u8> {
+        let task = Message::of(&[(1, 1)]).with(TIMERS, timers);
         message::image(super::super::restart::CORE, &[Message::of(&[(1, 1)]).with(TASK, &task)])
     }
 
@@ -235,9 +235,9 @@ mod tests {
     #[test]
     fn the_timers_of_a_process_are_told_but_those_that_nobody_hears_or_that_count_work() {
         let both = [seconds(30) + Duration::from_micros(500), seconds(9)];
-        assert_eq!(of_process(&process(timers(30, 1, 0, 9))), both);
-        assert_eq!(of_process(&process(timers(30, 1, SIGEV_NONE, 9))), both[..1]);
-        assert_eq!(of_process(&process(timers(30, 2, 0, 9))), both[..1]);
+        assert_eq!(of_process(&process(&timers(30, 1, 0, 9))), both);
+        assert_eq!(of_process(&process(&timers(30, 1, SIGEV_NONE, 9))), both[..1]);
+        assert_eq!(of_process(&process(&timers(30, 2, 0, 9))), both[..1]);
         assert!(of_process(b"nonsense").is_empty());
         let files =
             message::image(FILES, &[descriptor(1, 0, 0, 5), descriptor(0, 1, 7, 0), Message::of(&[(1, 1)])]);
@@ -248,7 +248,7 @@ mod tests {
     fn the_timers_of_a_process_have_less_left_or_go_off_at_once() {
         let after = |time| {
             let edit = |core: &mut Message| elapse_process(core, &slept(time));
-            let edited = message::edited(&process(timers(30, 1, 0, 9)), super::super::restart::CORE, edit);
+            let edited = message::edited(&process(&timers(30, 1, 0, 9)), super::super::restart::CORE, edit);
             of_process(&edited.unwrap())
         };
         assert_eq!(after(5), [seconds(25) + Duration::from_micros(500), seconds(4)]);

@@ -38,7 +38,7 @@ impl Edition {
             Ok(()) | Err(Errno::NOENT) => {}
             // A shim that died in the middle of a restore has left it.
             Err(_) => {
-                directory::remove_tree(work.as_fd(), EDITION, image.path()).map_err(io::Error::other)?
+                directory::remove_tree(work.as_fd(), EDITION, image.path()).map_err(io::Error::other)?;
             }
         }
         let made = directory::make(work.as_fd(), EDITION)?;
@@ -48,12 +48,10 @@ impl Edition {
         own.extend((own.len() < image.manifest().files.len()).then_some(parent::PARENT));
         for name in own {
             edition.names.push(name.to_owned());
-            match changed.iter().find(|(of, _)| of == name) {
-                Some((_, bytes)) => edition.write(name, bytes)?,
-                None => {
-                    let target = format!("../../{IMAGES}/{name}");
-                    rustix::fs::symlinkat(target, &edition.directory, name)?;
-                }
+            if let Some((_, bytes)) = changed.iter().find(|(of, _)| of == name) {
+                edition.write(name, bytes)?;
+            } else {
+                rustix::fs::symlinkat(format!("../../{IMAGES}/{name}"), &edition.directory, name)?;
             }
         }
         Ok(edition)

@@ -228,6 +228,30 @@ pub(crate) fn with_lazy_parent(
     Ok(Some(encode(bytes, &entries)))
 }
 
+/// The page map `bytes` with the pages at these addresses marked as not lazy; none when nothing changes.
+pub(crate) fn with_eager(bytes: &[u8], addresses: &[u64]) -> Result<Option<Vec<u8>>, PagemapError> {
+    let map = Pagemap::parse(bytes)?;
+    let mut pages: Vec<u64> = addresses.iter().map(|address| address / PAGE * PAGE).collect();
+    pages.sort_unstable();
+    pages.dedup();
+    let mut entries = Vec::with_capacity(map.entries.len());
+    for entry in &map.entries {
+        let mut next = entry.start;
+        let mut push = |start: u64, end: u64, lazy| {
+            if start < end {
+                entries.push(Entry { start, pages: (end - start) / PAGE, lazy, ..*entry });
+            }
+        };
+        for &page in pages.iter().filter(|page| entry.lazy && (entry.start..entry.end()).contains(*page)) {
+            push(next, page, true);
+            push(page, page + PAGE, false);
+            next = page + PAGE;
+        }
+        push(next, entry.end(), entry.lazy);
+    }
+    Ok((entries != map.entries).then(|| encode(bytes, &entries)))
+}
+
 /// The page map of which `bytes` is an older version, with these entries.
 fn encode(bytes: &[u8], entries: &[Entry]) -> Vec<u8> {
     // The magic numbers and the head stay as they are: both were read.
@@ -523,6 +547,30 @@ pub(crate) mod tests {
         }
 
         /// Whatever a file holds: an error, or entries in order whose pages follow one another.
+        /// Pages at some addresses are no longer lazy, and nothing else changes.
+        #[test]
+        fn only_the_pages_at_these_addresses_are_no_longer_lazy(
+            entries in entries(),
+            chosen in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
+        ) {
+            let bytes = pagemap(&entries);
+            let Ok(map) = Pagemap::parse(&bytes) else { return Ok(()) };
+            let pages = |map: &Pagemap| {
+                let pages = map.entries.iter().flat_map(|entry| {
+                    (0..entry.pages.min(64)).map(move |page| (entry.start + page * PAGE, entry.in_parent, entry.lazy))
+                });
+                pages.collect::<Vec<_>>()
+            };
+            let before = pages(&map);
+            prop_assume!(!before.is_empty() && map.entries.iter().all(|entry| entry.pages <= 64));
+            let addresses: Vec<u64> = chosen.iter().map(|index| before[index.index(before.len())].0 + 7).collect();
+            let after = with_eager(&bytes, &addresses).unwrap();
+            prop_assert_eq!(after.is_some(), before.iter().any(|page| page.2 && addresses.contains(&(page.0 + 7))));
+            let expected: Vec<_> =
+                before.iter().map(|page| (page.0, page.1, page.2 && !addresses.contains(&(page.0 + 7)))).collect();
+            prop_assert_eq!(pages(&Pagemap::parse(&after.unwrap_or(bytes)).unwrap()), expected);
+        }
+
         #[test]
         fn arbitrary_bytes_never_break_an_invariant(
             entries in entries(),

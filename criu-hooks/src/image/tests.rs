@@ -561,3 +561,23 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn an_edition_shows_the_image_but_for_what_was_changed_and_leaves_the_image_alone() {
+    let (_above, store) = store();
+    let image = image(&store);
+    let place = image.path().join("work/edition");
+    // As a shim leaves it that dies in the middle of a restore.
+    fs::create_dir(&place).unwrap();
+    fs::write(place.join("core-1.img"), "old").unwrap();
+    let edition = Edition::of(&image, &[("core-1.img".to_owned(), b"changed".to_vec())]).unwrap();
+    let shown = |name: &str| fs::read_to_string(place.join(name)).unwrap();
+    assert_eq!(shown("core-1.img"), "changed");
+    assert_eq!((shown("inventory.img"), shown("pages-1.img")), ("inventory".to_owned(), "pages".to_owned()));
+    assert_eq!(fs::read_dir(&place).unwrap().count(), 3);
+    image.verify(&WANTED).unwrap();
+    drop(edition);
+    assert!(!place.exists());
+    image.verify(&WANTED).unwrap();
+    image.remove().unwrap();
+}
