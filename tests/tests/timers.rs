@@ -113,8 +113,12 @@ fn is_asleep(node: &Node, id: &str) -> bool {
     inspect(node, id)["state"] == "asleep"
 }
 
-fn last_wake(node: &Node, id: &str) -> Value {
-    inspect(node, id)["last_wake"].take()
+/// Waits until it is awake, and sees to it that a timer woke it.
+fn woken_by_timer(node: &Node, id: &str) -> Value {
+    node.wait_until(&format!("{id} to wake"), SOON, || Ok(inspect(node, id)["state"] == "running")).unwrap();
+    let now = inspect(node, id);
+    assert_eq!(now["last_wake"]["cause"], "timer", "{now:#}");
+    now
 }
 
 /// How long an agent has waited, in milliseconds: by the wall clock, and by its own monotonic clock.
@@ -161,8 +165,7 @@ fn a_timer_of_each_kind_wakes_a_checkpointed_agent_in_time() {
         let now = inspect(&node, id);
         assert_eq!((&now["state"], &now["depth"]), (&"asleep".into(), &"checkpointed".into()), "{now:#}");
         assert_in_time(id, took(&node, &agent).0, 8000);
-        let now = inspect(&node, id);
-        assert_eq!((&now["last_wake"]["cause"], &now["wakes"]), (&"timer".into(), &1.into()), "{now:#}");
+        assert_eq!(woken_by_timer(&node, id)["wakes"], 1);
         agent.delete().unwrap();
     });
 }
@@ -224,7 +227,7 @@ fn a_wait_that_was_interrupted_before_ends_in_time_after_several_sleeps_of_eithe
             let wall = took(&node, &agent).0;
             println!("{id}: after {wall} ms");
             assert!((14_000..14_000 + LATE + frozen).contains(&wall), "{id}: after {wall} ms");
-            assert_eq!(last_wake(&node, id)["cause"], "timer", "{id}");
+            woken_by_timer(&node, id);
             agent.delete().unwrap();
         },
     );
@@ -286,7 +289,7 @@ fn a_wake_that_fails_is_tried_again_and_no_time_counts_twice() {
         // Tried again ten seconds after the first time.
         let wall = took(&node, &agent).0;
         assert_in_time(id, wall, 19_000);
-        assert_eq!(last_wake(&node, id)["cause"], "timer");
+        woken_by_timer(&node, id);
         agent.delete().unwrap();
     });
 }
@@ -320,8 +323,7 @@ fn an_agent_that_polls_is_left_asleep_unless_each_timer_is_to_wake_it() {
         Ok(agentcube(&node, &["sleep", "--depth", "checkpointed", "slow"]).status == 0)
     })
     .unwrap();
-    node.wait_until("slow to wake", SOON, || Ok(!is_asleep(&node, "slow"))).unwrap();
-    assert_eq!(last_wake(&node, "slow")["cause"], "timer");
+    woken_by_timer(&node, "slow");
     thread::sleep(Duration::from_secs(2));
     assert!(is_asleep(&node, "auto") && is_asleep(&node, "resume"));
     for agent in [auto, resume, quick, slow] {
@@ -356,7 +358,7 @@ fn a_timer_comes_in_time_though_containerd_is_restarted() {
     node.restart_containerd().unwrap();
     assert!(is_asleep(&node, "a"));
     assert_in_time("a", took(&node, &agent).0, 12_000);
-    assert_eq!(last_wake(&node, "a")["cause"], "timer");
+    woken_by_timer(&node, "a");
 }
 
 #[test]
@@ -368,7 +370,7 @@ fn a_shell_that_sleeps_again_and_again_is_woken_for_each() {
     for tick in 1..=3 {
         sleep(&node, "sh");
         says(&node, &agent, &format!("tick {tick}"));
-        assert_eq!(last_wake(&node, "sh")["cause"], "timer");
+        woken_by_timer(&node, "sh");
     }
     let took = since.elapsed();
     assert!(took >= Duration::from_millis(14_500) && took < Duration::from_secs(25), "{took:?}");

@@ -34,9 +34,9 @@ use crate::{
     reaper::{ExitWatch, Mark, Reaper},
     runtime::{DumpReport, Restored, RuntimeError, Veto},
     stats,
-    timers::Alarm,
+    timers::{self, Alarm},
     traffic::Listeners,
-    watch::Before,
+    watch::{self, Before},
 };
 
 /// The engine's name in reports: CRIU driven by the shim.
@@ -259,8 +259,13 @@ impl RuncContainer {
         }
         let veto = &objections.veto;
         if let Some(before) = before {
-            // Here it does not matter whether it has something to do, but only how long it waits.
-            let _ = while_frozen(veto, self.examine(before.clone())).await?;
+            let examined = while_frozen(veto, self.examine(before.clone())).await?;
+            // Whether it has something to do matters only where it is to sleep no longer than it would wait.
+            if let Err(busy @ watch::Error::Busy(_)) = examined
+                && self.options.timer_policy() == timers::Policy::Wake
+            {
+                return Err(RuntimeError::Busy(busy.to_string()));
+            }
         }
         let seen = while_frozen(veto, self.inspection(&container, init)).await?;
         self.admit(&seen)?;
