@@ -3,7 +3,8 @@
 //! CRIU restores timers, waits and monotonic clocks as they were, as if no time had passed. Here they are brought to where they
 //! would be: [`Timers`] says what is due and when; before a restore [`edition`] makes an edition of the image in which
 //! what remains is less by the time since the dump; and what the kernel has written into the memory of processes is set
-//! when they stand still again ([`Remainders`]). The image itself never changes, so no time is counted twice.
+//! when they stand still again ([`Remainders`]). The image is put back as it was when the restore is over, so no time is counted
+//! twice.
 
 use std::{
     collections::HashMap,

@@ -1,6 +1,6 @@
 //! Restoring.
 //!
-//! The image outlives every failure: nothing here writes to it but the log, and what a failed restore has made is
+//! The image outlives every failure: what is changed in it for a restore is put back, and what a failed restore has made is
 //! killed with its cgroup. So a restore can be tried again.
 
 use std::{
@@ -37,7 +37,7 @@ use crate::{
         self, Event, HookError, Launch, NotifyHooks, Session,
         rpc::{Criu_req, Criu_req_type, Inherit_fd, Join_namespace},
     },
-    image::{self, Claim, Edition, Expected, Image, Mode, Outside, PageCheck, PageMaps, Pages},
+    image::{self, Claim, Expected, Image, Mode, Outside, PageCheck, PageMaps, Pages},
     pager::{self, Eager, Fill, FillError, LazyOptions, Place},
     procfs,
     spawn::{ExitFuture, Spawner},
@@ -330,8 +330,7 @@ impl Engine {
         let opts = request.opts.mut_or_insert_default();
         let edition = elapse::edition(image, options.timers.as_ref()).await;
         let remainders = Remainders::of(options.timers.as_ref().filter(|_| edition.is_some()));
-        let images = edition.as_ref().map_or(image.images_dir(), Edition::directory);
-        opts.set_images_dir_fd(images.as_raw_fd());
+        opts.set_images_dir_fd(image.images_dir().as_raw_fd());
         opts.set_work_dir_fd(image.work_dir().as_raw_fd());
         let mut mounts = container.mount_sources();
         if let Some(root) = &attempt.root {

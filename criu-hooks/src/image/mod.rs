@@ -4,7 +4,7 @@
 //! <root>/<namespace>/<container>/<generation>/
 //!     img/            what CRIU wrote
 //!     parent/         what CRIU wrote in advance, if it did
-//!     work/           CRIU's logs, and during a restore an edition of img/, see [`Edition`]
+//!     work/           CRIU's logs, and during a restore what is changed for it of img/, as it was
 //!     manifest.json   written last: what is in img/ and parent/, and whose it is
 //!     pages.sums      checksums of memory pages, computed while the agent sleeps
 //! ```
@@ -134,6 +134,7 @@ impl Image {
             return Err(Error::OtherBoot { image: self.path.clone() });
         }
         self.verify_place()?;
+        edition::put_back(self)?;
         self.verify_manifest()?;
         for name in parent::names(self.images.as_fd(), &self.path.join(IMAGES))? {
             if !self.manifest.files.iter().any(|file| file.name == name) {

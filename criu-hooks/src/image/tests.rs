@@ -563,21 +563,20 @@ proptest::proptest! {
 }
 
 #[test]
-fn an_edition_shows_the_image_but_for_what_was_changed_and_leaves_the_image_alone() {
+fn an_edition_shows_what_was_changed_and_the_image_is_put_back_also_after_a_death() {
     let (_above, store) = store();
     let image = image(&store);
-    let place = image.path().join("work/edition");
-    // As a shim leaves it that dies in the middle of a restore.
-    fs::create_dir(&place).unwrap();
-    fs::write(place.join("core-1.img"), "old").unwrap();
-    let edition = Edition::of(&image, &[("core-1.img".to_owned(), b"changed".to_vec())]).unwrap();
-    let shown = |name: &str| fs::read_to_string(place.join(name)).unwrap();
-    assert_eq!(shown("core-1.img"), "changed");
-    assert_eq!((shown("inventory.img"), shown("pages-1.img")), ("inventory".to_owned(), "pages".to_owned()));
-    assert_eq!(fs::read_dir(&place).unwrap().count(), 3);
-    image.verify(&WANTED).unwrap();
+    let changed = [("core-1.img".to_owned(), b"changed".to_vec())];
+    let shown = |name: &str| fs::read_to_string(image.path().join("img").join(name)).unwrap();
+    let edition = Edition::of(&image, &changed).unwrap();
+    assert_eq!((shown("core-1.img"), shown("inventory.img")), ("changed".to_owned(), "inventory".to_owned()));
     drop(edition);
-    assert!(!place.exists());
+    assert_eq!(shown("core-1.img"), "core");
+    std::mem::forget(Edition::of(&image, &changed).unwrap());
+    image.verify(&WANTED).unwrap();
+    assert_eq!(shown("core-1.img"), "core");
+    // Half made.
+    assert!(Edition::of(&image, &[changed[0].clone(), ("core-2.img".to_owned(), Vec::new())]).is_err());
     image.verify(&WANTED).unwrap();
     image.remove().unwrap();
 }
