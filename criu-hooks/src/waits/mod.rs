@@ -37,7 +37,7 @@ pub fn time_to(clock: ClockId, at: Duration, process: Pid) -> Duration {
         ClockId::Monotonic => offset(process),
         _ => (Duration::ZERO, Duration::ZERO),
     };
-    (at + behind).saturating_sub(now(clock) + ahead)
+    at.saturating_add(behind).saturating_sub(now(clock).saturating_add(ahead))
 }
 
 /// The time of a clock.

@@ -35,6 +35,8 @@ const SIGNALS: Duration = Duration::from_secs(1);
 /// How often a thread goes to sleep, at most, on its way out of the freezer, back to its call and into the freezer again.
 /// With more it may be in another call that looks the same.
 const AGAIN: u64 = 6;
+/// A time limit that is further away is none: no clock of this machine needs to count that far.
+const NEVER: Duration = Duration::from_hours(30 * 365 * 24);
 /// How many processes are looked at for signals.
 const MOST_SIGNALLED: usize = 64;
 
@@ -148,15 +150,16 @@ pub struct Prepared {
     processes: Vec<Pid>,
 }
 
-/// The end of a wait of a thread of `process`, seen from the freeze.
+/// The end of a wait of a thread of `process`, seen from the freeze; none when it is out of reach.
 fn deadline(until: Until, process: Pid, frozen: Instant, elapsed: Duration) -> Option<Instant> {
     let now = Instant::now();
-    match until {
+    let end = match until {
         Until::Left(left) => frozen.checked_add(left),
         Until::Lasts(all) => frozen.checked_add(all.saturating_sub(elapsed)),
         Until::Monotonic(at) => now.checked_add(waits::time_to(ClockId::Monotonic, at, process)),
         Until::Realtime(at) => now.checked_add(waits::time_to(ClockId::Realtime, at, process)),
-    }
+    };
+    end.filter(|end| end.saturating_duration_since(now) < NEVER)
 }
 
 /// How long a thread had been blocked when the freeze came: the time between two runs, by its processor's clock.

@@ -137,3 +137,22 @@ fn a_wait_of_the_same_registers_is_another_one_when_its_thread_has_run_in_betwee
     assert!(interrupted.of(&thread(EPOLL_PWAIT, 8 + AGAIN), &call).is_none());
     assert!(interrupted.of(&thread(EPOLL_PWAIT, 8 + AGAIN), &Call { number: RESTART, ..call }).is_some());
 }
+
+proptest::proptest! {
+    /// Whatever time limit a program asks for, to wait for its end upsets nothing.
+    #[test]
+    fn no_time_limit_is_too_long_to_wait_for(
+        whole in proptest::prop_oneof![0u64..10, proptest::strategy::Just(i64::MAX.unsigned_abs()), 0u64..u64::MAX],
+        nanos in proptest::prop_oneof![0u32..=9, 999_999_990u32..=999_999_999],
+        kind in 0..4,
+    ) {
+        let at = Duration::new(whole, nanos);
+        let until = [Until::Left(at), Until::Lasts(at), Until::Monotonic(at), Until::Realtime(at)][kind as usize];
+        let end = deadline(until, rustix::process::getpid(), Instant::now(), Duration::ZERO);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            // Looked at once, which registers it.
+            tokio::select! { biased; () = due(end) => {}, () = async {} => {} }
+        });
+    }
+}
