@@ -429,7 +429,7 @@ async fn checkpoint_reads_its_options_and_publishes() {
         ..Default::default()
     };
     shim.task.checkpoint(&ctx(), request).await.unwrap();
-    assert_eq!(shim.fake.calls(), ["checkpoint /images/c exit=true"]);
+    assert_eq!(shim.fake.calls(), ["checkpoint /images/c exit=true", "thaw"]);
     assert_eq!(shim.topics(), ["create", "start", "checkpointed"]);
     let nowhere = CheckpointTaskRequest { id: "c".to_owned(), ..Default::default() };
     assert_eq!(code(shim.task.checkpoint(&ctx(), nowhere).await), Code::INVALID_ARGUMENT);

@@ -398,8 +398,17 @@ async fn a_checkpoint_of_a_sleeping_agent_wakes_it_and_keeps_it_paused_if_it_was
     };
     let shim = Shim::asleep().await;
     shim.task.checkpoint(&ctx(), request()).await.unwrap();
-    assert_eq!(shim.fake.calls(), ["restore", "drop image", "checkpoint /checkpoint exit=false"]);
+    assert_eq!(shim.fake.calls(), ["restore", "drop image", "checkpoint /checkpoint exit=false", "thaw"]);
     assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
+
+    for depth in [WireDepth::DEPTH_FROZEN, WireDepth::DEPTH_RECLAIMED] {
+        let shim = Shim::running().await;
+        shim.sleep_at(depth).await.unwrap();
+        shim.fake.calls();
+        shim.task.checkpoint(&ctx(), request()).await.unwrap();
+        assert_eq!(shim.fake.calls(), ["thaw", "checkpoint /checkpoint exit=false", "thaw"]);
+        assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
+    }
 
     let shim = Shim::asleep().await;
     let pause = PauseRequest { id: "c".to_owned(), ..Default::default() };

@@ -243,7 +243,7 @@ impl Actor {
             Message::Dumped(result) => self.dumped(result).await,
             Message::Restored(result) => self.restored(result).await,
             Message::MemoryLost(reason) => self.memory_lost(reason),
-            Message::Checkpointed { path, result, reply } => self.checkpointed(&path, result, reply),
+            Message::Checkpointed { path, result, reply } => self.checkpointed(&path, result, reply).await,
         }
         std::ops::ControlFlow::Continue(())
     }

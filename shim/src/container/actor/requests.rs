@@ -4,7 +4,7 @@ use std::{path::Path, time::SystemTime};
 
 use containerd_shim::protos::events::task::{TaskCheckpointed, TaskDelete, TaskStart};
 use oci_spec::runtime::LinuxResources;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{
     super::{Message, Phase, ProcessView, Reply},
@@ -138,17 +138,23 @@ impl Actor {
     }
 
     /// Takes a checkpoint for a client. It must be whole without this node, which the image that an agent sleeps in is
-    /// not; so a sleeping one is woken for it.
+    /// not; so a sleeping one is woken for it. Also one that sleeps frozen: CRIU freezes the cgroup again at its end if it
+    /// found it frozen, behind the back of whoever wakes the agent meanwhile.
     pub(super) async fn checkpoint(&mut self, config: CheckpointConfig, reply: Reply<()>) {
         match self.state() {
-            State::Running | State::Frozen { .. } | State::Reclaimed => {}
-            State::Probed { .. } | State::Checkpointed | State::Restoring { .. } => {
+            State::Running | State::Frozen { by: FrozenBy::Client } => {}
+            State::Frozen { by: FrozenBy::Sleep }
+            | State::Reclaiming
+            | State::Reclaimed
+            | State::Probed { .. }
+            | State::Checkpointed
+            | State::Restoring { .. } => {
                 return self.need(WakeCause::Checkpoint, Deferred::Checkpoint { config, reply }).await;
             }
             State::Created | State::Starting { .. } => {
                 return answer(reply, Err(self.refused(Refusal::NotStarted)));
             }
-            State::Dumping { .. } | State::Reclaiming => {
+            State::Dumping { .. } => {
                 return answer(reply, Err(self.refused(Refusal::FallingAsleep)));
             }
             State::Stopped => return answer(reply, Err(self.refused(Refusal::Ended))),
@@ -161,8 +167,19 @@ impl Actor {
         });
     }
 
-    pub(super) fn checkpointed(&mut self, path: &Path, result: Result<(), RuntimeError>, reply: Reply<()>) {
+    pub(super) async fn checkpointed(
+        &mut self,
+        path: &Path,
+        result: Result<(), RuntimeError>,
+        reply: Reply<()>,
+    ) {
         self.checkpoints -= 1;
+        // CRIU leaves the cgroup as it found it: frozen, if it was paused then and resumed since.
+        if self.state() == State::Running
+            && let Err(error) = self.runtime.thaw().await
+        {
+            warn!(id = %self.id, %error, "cannot see to it that it runs after a checkpoint");
+        }
         if result.is_ok() {
             self.events.publish(TaskCheckpointed {
                 container_id: self.id.clone(),
