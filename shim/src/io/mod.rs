@@ -283,16 +283,16 @@ impl ProcessIo {
     /// # Errors
     /// When the terminal's size cannot be set.
     pub fn finish_restore(&self, master: Option<OwnedFd>) -> Result<(), IoError> {
-        match &mut *lock(&self.kind) {
-            Kind::Pipes(pipes) => pipes.release_child_ends(),
-            Kind::Terminal(terminal) => {
-                if let Some(master) = master {
-                    terminal.attach(master)?;
-                }
+        let attached = match &mut *lock(&self.kind) {
+            Kind::Pipes(pipes) => {
+                pipes.release_child_ends();
+                Ok(())
             }
-        }
+            Kind::Terminal(terminal) => master.map_or(Ok(()), |master| terminal.attach(master)),
+        };
+        // It is awake whatever becomes of its terminal's size.
         self.asleep.send_replace(false);
-        Ok(())
+        attached
     }
 
     /// Marks the process as frozen, or no longer so: its input waits meanwhile.

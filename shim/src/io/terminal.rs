@@ -90,12 +90,10 @@ impl Terminal {
     /// Takes a new master, with the size that the terminal had or should have got.
     pub(super) fn attach(&mut self, fd: OwnedFd) -> Result<(), IoError> {
         let master = Master::new(fd).map_err(IoError::Terminal)?;
-        if let Some(size) = self.size {
-            set_size(&master, size)?;
-        }
+        let sized = self.size.map_or(Ok(()), |size| set_size(&master, size));
         self.master.send_replace(Some(master));
         self.put_back();
-        Ok(())
+        sized
     }
 
     /// Gives the process the input that was taken from it, in the terminal that it has now.
