@@ -14,7 +14,7 @@ use rustix::{
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{Notify, watch},
+    sync::watch,
 };
 
 use super::{IoError, terminal::Master};
@@ -111,19 +111,26 @@ pub(super) async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Re
 /// Standard input: the FIFO, held at both ends until it is closed.
 pub(super) struct Input {
     fifo: Arc<AsyncFd<OwnedFd>>,
-    closed: Arc<Closed>,
+    stage: watch::Sender<Stage>,
 }
 
-/// Whether a client has closed the input.
-#[derive(Default)]
-struct Closed {
-    flag: std::sync::atomic::AtomicBool,
-    changed: Notify,
+/// How far the input has come to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// More may come.
+    Open,
+    /// A client has closed it.
+    Closed,
+    /// Nothing more is passed on.
+    Ended,
 }
 
-impl Closed {
-    fn is_set(&self) -> bool {
-        self.flag.load(std::sync::atomic::Ordering::SeqCst)
+/// Notes the end of the copying, whatever it ends by.
+struct EndsWith(watch::Sender<Stage>);
+
+impl Drop for EndsWith {
+    fn drop(&mut self) {
+        self.0.send_replace(Stage::Ended);
     }
 }
 
@@ -135,17 +142,31 @@ impl Input {
         }
         let failed = |source| IoError::Open { stream: "stdin", uri: path.to_owned(), source };
         let fifo = open(Path::new(path)).and_then(|fd| watched(fd, Interest::READABLE)).map_err(failed)?;
-        Ok(Some(Self { fifo: Arc::new(fifo), closed: Arc::default() }))
+        Ok(Some(Self { fifo: Arc::new(fifo), stage: watch::Sender::new(Stage::Open) }))
     }
 
     /// Ends the input when what is in the FIFO has been passed on.
     pub(super) fn close(&self) {
-        self.closed.flag.store(true, std::sync::atomic::Ordering::SeqCst);
-        self.closed.changed.notify_one();
+        self.stage.send_if_modified(|stage| {
+            let open = *stage == Stage::Open;
+            if open {
+                *stage = Stage::Closed;
+            }
+            open
+        });
     }
 
     /// Completes when there are bytes, or a close, that nobody has taken yet.
     pub(super) async fn waiting(&self) {
+        let mut stage = self.stage.subscribe();
+        tokio::select! {
+            () = self.bytes() => {}
+            Ok(_) = stage.wait_for(|stage| *stage == Stage::Closed) => {}
+        }
+    }
+
+    /// Completes when there are bytes.
+    async fn bytes(&self) {
         loop {
             // Holding both ends, we see no hang-up: readable means bytes.
             let Ok(mut ready) = self.fifo.readable().await else { return std::future::pending().await };
@@ -159,13 +180,13 @@ impl Input {
     /// Takes the next bytes; none at the end. Waits while the process sleeps.
     async fn next(
         fifo: &AsyncFd<OwnedFd>,
-        closed: &Closed,
+        stage: &mut watch::Receiver<Stage>,
         asleep: &mut watch::Receiver<bool>,
         buffer: &mut [u8],
     ) -> Option<usize> {
         loop {
             asleep.wait_for(|asleep| !asleep).await.ok()?;
-            if closed.is_set() {
+            if *stage.borrow() != Stage::Open {
                 // What a client wrote before it closed is still in the FIFO.
                 return match rustix::io::read(fifo.get_ref(), &mut *buffer) {
                     Ok(read) if read > 0 => Some(read),
@@ -174,7 +195,7 @@ impl Input {
             }
             tokio::select! {
                 biased;
-                () = closed.changed.notified() => {}
+                Ok(_) = stage.wait_for(|stage| *stage != Stage::Open) => {}
                 // To fall asleep takes the input away from the copying, not from the FIFO.
                 Ok(_) = asleep.wait_for(|asleep| *asleep) => {}
                 read = read(fifo, buffer) => return read.ok().filter(|read| *read > 0),
@@ -188,11 +209,12 @@ impl Input {
         pipe: OwnedFd,
         mut asleep: watch::Receiver<bool>,
     ) -> impl Future<Output = ()> + Send + use<> {
-        let (fifo, closed) = (self.fifo.clone(), self.closed.clone());
+        let (fifo, ends) = (self.fifo.clone(), EndsWith(self.stage.clone()));
         async move {
+            let mut stage = ends.0.subscribe();
             let Ok(pipe) = watched(pipe, Interest::WRITABLE) else { return };
             let mut buffer = vec![0; CHUNK];
-            while let Some(read) = Self::next(&fifo, &closed, &mut asleep, &mut buffer).await {
+            while let Some(read) = Self::next(&fifo, &mut stage, &mut asleep, &mut buffer).await {
                 if write_all(&pipe, &buffer[..read]).await.is_err() {
                     return;
                 }
@@ -206,10 +228,11 @@ impl Input {
         mut master: watch::Receiver<Option<Master>>,
         mut asleep: watch::Receiver<bool>,
     ) -> impl Future<Output = ()> + Send + use<> {
-        let (fifo, closed) = (self.fifo.clone(), self.closed.clone());
+        let (fifo, ends) = (self.fifo.clone(), EndsWith(self.stage.clone()));
         async move {
+            let mut stage = ends.0.subscribe();
             let mut buffer = vec![0; CHUNK];
-            while let Some(read) = Self::next(&fifo, &closed, &mut asleep, &mut buffer).await {
+            while let Some(read) = Self::next(&fifo, &mut stage, &mut asleep, &mut buffer).await {
                 let mut rest = &buffer[..read];
                 while !rest.is_empty() {
                     // What is written to the terminal of a sleeping process goes with that terminal.

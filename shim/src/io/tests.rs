@@ -298,6 +298,25 @@ async fn input_that_comes_during_a_sleep_wakes_and_is_delivered_after_it() {
 }
 
 #[tokio::test]
+async fn a_close_of_stdin_during_a_sleep_wakes_once() {
+    let fifos = Fifos::new();
+    let io = fifos.open(true, false).await;
+    let stdout = fifos.reader("stdout", Duration::ZERO);
+    let child = start(&io, "cat; echo end").await;
+    io.set_asleep(true);
+    io.close_stdin();
+    tokio::time::timeout(LIMIT, io.input_waiting()).await.unwrap();
+    tokio::time::timeout(LIMIT, io.input_waiting()).await.unwrap();
+    io.set_asleep(false);
+    end(child).await;
+    assert_eq!(join(stdout).await, b"end\n");
+    io.set_asleep(true);
+    io.close_stdin();
+    let again = tokio::time::timeout(Duration::from_millis(50), io.input_waiting()).await;
+    assert!(again.is_err(), "it has had its end");
+}
+
+#[tokio::test]
 async fn a_process_killed_in_its_sleep_ends_its_streams() {
     let fifos = Fifos::new();
     let io = fifos.open(true, false).await;
@@ -492,6 +511,17 @@ async fn a_terminal_keeps_its_size_and_loses_no_output_over_sleeps() {
     drop(process);
     assert!(drained(&io, LIMIT).await);
     assert!(join(stdout).await == want.into_bytes(), "output differs");
+}
+
+#[tokio::test]
+async fn a_process_whose_terminal_refuses_its_size_is_awake_all_the_same() {
+    let fifos = Fifos::new();
+    let io = fifos.open(false, true).await;
+    io.resize(80, 24).unwrap();
+    io.prepare_dump().await.unwrap();
+    let (no_terminal, _writer) = std::io::pipe().unwrap();
+    assert!(io.finish_restore(Some(no_terminal.into())).is_err());
+    assert!(!*io.asleep.borrow(), "the end of its image would end its terminal");
 }
 
 #[tokio::test]
