@@ -34,6 +34,8 @@ pub struct Wait {
     pub descriptors: Vec<(i32, EventFlags)>,
     /// When the call ends by itself.
     pub until: Option<Until>,
+    /// Signals that end it although they are blocked: one bit each.
+    pub signals: u64,
     /// The call takes what it waited for, so that afterwards the descriptor no longer shows that there was something.
     pub takes: bool,
 }
@@ -158,11 +160,14 @@ const MOST: u64 = 1 << 20;
 const CLOCK_REALTIME: u64 = 0;
 const CLOCK_TAI: u64 = 11;
 const FUTEX_CLOCK_REALTIME: u64 = 256;
+/// Flags of `io_uring_enter` that change neither the meaning of its first argument nor when it ends: GETEVENTS, SQ_WAKEUP and
+/// SQ_WAIT.
+const IORING_PLAIN: u64 = 7;
 
 fn on(descriptor: u64, readiness: EventFlags, takes: bool) -> Wait {
     // A descriptor is an int: the upper half of its register means nothing.
     #[allow(clippy::cast_possible_truncation)]
-    Wait { descriptors: vec![(descriptor as i32, readiness)], until: None, takes }
+    Wait { descriptors: vec![(descriptor as i32, readiness)], takes, ..Wait::default() }
 }
 
 fn time(until: Option<Until>) -> Wait {
@@ -177,12 +182,19 @@ fn time(until: Option<Until>) -> Wait {
 pub fn wait_of(call: &Call, memory: Memory) -> Result<Wait, Unclear> {
     let [first, second, third, fourth, fifth, _] = call.arguments;
     match call.number {
-        number::READ | number::READV | number::MQ_TIMEDRECEIVE | newer::IO_URING_ENTER => {
+        number::READ | number::READV | number::ACCEPT | number::ACCEPT4 => {
             Ok(on(first, EventFlags::IN, true))
         }
-        number::ACCEPT | number::ACCEPT4 | number::RECVFROM | number::RECVMSG | number::RECVMMSG => {
-            Ok(on(first, EventFlags::IN, true))
+        // The time limit of `recvmmsg` is looked at only when something has come.
+        number::RECVFROM | number::RECVMSG | number::RECVMMSG => Ok(on(first, EventFlags::IN, true)),
+        number::MQ_TIMEDRECEIVE => {
+            let until = timespec(memory, fifth)?.map(Until::Realtime);
+            Ok(Wait { until, ..on(first, EventFlags::IN, true) })
         }
+        newer::IO_URING_ENTER if fourth & !IORING_PLAIN != 0 => {
+            Err(Unclear::Unseen("io_uring with a time limit or a registered ring"))
+        }
+        newer::IO_URING_ENTER => Ok(on(first, EventFlags::IN, true)),
         number::WRITE | number::WRITEV | number::SENDTO | number::SENDMSG | number::CONNECT => {
             Ok(on(first, EventFlags::OUT, true))
         }
@@ -194,17 +206,18 @@ pub fn wait_of(call: &Call, memory: Memory) -> Result<Wait, Unclear> {
             Ok(Wait { until, ..on(first, EventFlags::IN, false) })
         }
         number::POLL => {
-            Ok(Wait { descriptors: polled(memory, first, second)?, until: milliseconds(third), takes: false })
+            let descriptors = polled(memory, first, second)?;
+            Ok(Wait { descriptors, until: milliseconds(third), ..Wait::default() })
         }
         number::PPOLL => {
             let until = timespec(memory, third)?.map(Until::Left);
-            Ok(Wait { descriptors: polled(memory, first, second)?, until, takes: false })
+            Ok(Wait { descriptors: polled(memory, first, second)?, until, ..Wait::default() })
         }
         number::SELECT | number::PSELECT6 => {
             let left = if call.number == number::SELECT { timeval } else { timespec };
             let until = left(memory, fifth)?.map(Until::Left);
             let descriptors = selected(memory, first, [second, third, fourth])?;
-            Ok(Wait { descriptors, until, takes: false })
+            Ok(Wait { descriptors, until, ..Wait::default() })
         }
         number::NANOSLEEP => Ok(time(relative_sleep(memory, first, second)?)),
         number::CLOCK_NANOSLEEP if second & 1 == 0 => Ok(time(relative_sleep(memory, third, fourth)?)),
@@ -215,15 +228,17 @@ pub fn wait_of(call: &Call, memory: Memory) -> Result<Wait, Unclear> {
             let [.., clock] = call.arguments;
             Ok(time(timespec(memory, fifth)?.map(|at| absolute(clock, at))))
         }
-        number::RT_SIGTIMEDWAIT => Ok(time(timespec(memory, third)?.map(Until::Lasts))),
-        number::SEMTIMEDOP => Ok(time(timespec(memory, fourth)?.map(Until::Lasts))),
+        number::RT_SIGTIMEDWAIT => {
+            let mut awaited = [0; 8];
+            memory(first, &mut awaited).map_err(|_| Unclear::Unreadable)?;
+            let until = timespec(memory, third)?.map(Until::Lasts);
+            Ok(Wait { until, signals: u64::from_ne_bytes(awaited), ..Wait::default() })
+        }
         // What ends these comes from threads of the same container, which are frozen too, or as a signal.
-        number::WAIT4
-        | number::WAITID
-        | number::PAUSE
-        | number::RT_SIGSUSPEND
-        | number::SEMOP
-        | number::FLOCK => Ok(Wait::default()),
+        number::WAIT4 | number::WAITID | number::PAUSE | number::RT_SIGSUSPEND => Ok(Wait::default()),
+        // These are shared with whoever has the volume or the pod's IPC namespace.
+        number::FLOCK => Err(Unclear::Unseen("a lock of a file")),
+        number::SEMOP | number::SEMTIMEDOP => Err(Unclear::Unseen("a semaphore of System V")),
         number::MSGRCV => Err(Unclear::Unseen("a message queue of System V")),
         number::IO_GETEVENTS | number::IO_PGETEVENTS => Err(Unclear::Unseen("asynchronous input or output")),
         number::RESTART => Err(Unclear::Restarted),

@@ -111,6 +111,32 @@ fn locks_end_with_their_time_limit_or_not_at_all() {
 }
 
 #[test]
+fn signals_that_are_blocked_and_waited_for_are_told() {
+    let memory = [(0x10, vec![0, 2, 0, 0, 0, 0, 0, 1]), (0x20, timespec_bytes(60, 0))];
+    let wait = waits(&call(128, [0x10, 0, 0x20, 8, 0, 0]), &memory).expect("it waits");
+    assert_eq!((wait.signals, wait.until), (1 << 9 | 1 << 56, Some(Until::Lasts(MINUTE))));
+    assert_eq!(waits(&call(128, [0x30, 0, 0, 8, 0, 0]), &memory), Err(Unclear::Unreadable));
+}
+
+#[test]
+fn message_queues_end_in_time_and_rings_with_a_limit_are_not_guessed() {
+    let memory = [(0x10, timespec_bytes(60, 0))];
+    let wait = waits(&call(243, [5, 0, 0, 0, 0x10, 0]), &memory).expect("it waits");
+    assert_eq!((wait.descriptors, wait.until), (vec![(5, EventFlags::IN)], Some(Until::Realtime(MINUTE))));
+    assert!(waits(&call(426, [5, 0, 1, 1, 0, 0]), &[]).is_ok());
+    for flags in [1 | 8, 1 | 16] {
+        assert!(matches!(waits(&call(426, [5, 0, 1, flags, 0x10, 24]), &memory), Err(Unclear::Unseen(_))));
+    }
+}
+
+#[test]
+fn what_others_share_is_not_guessed() {
+    for number in [65, 70, 73, 220] {
+        assert!(matches!(waits(&call(number, [0; 6]), &[]), Err(Unclear::Unseen(_))), "{number}");
+    }
+}
+
+#[test]
 fn what_does_not_wait_runs_and_what_cannot_be_seen_is_not_guessed() {
     assert_eq!(waits(&call(39, [0; 6]), &[]), Err(Unclear::Runs));
     assert_eq!(waits(&call(219, [0; 6]), &[]), Err(Unclear::Restarted));

@@ -31,8 +31,8 @@ pub struct Thread {
     pub began: Option<Duration>,
     /// How many bytes it has read by `read` and the like.
     pub read: Option<u64>,
-    /// A signal is pending that it would act on.
-    pub signalled: bool,
+    /// Its signals.
+    pub signals: Signals,
 }
 
 impl Thread {
@@ -69,7 +69,7 @@ fn read(process: Pid, task: &Path) -> Option<Thread> {
         switches: field(&status, "voluntary_ctxt_switches:").and_then(|text| text.parse().ok())?,
         began: text("sched").as_deref().and_then(began),
         read: text("io").as_deref().and_then(|io| field(io, "rchar:")).and_then(|text| text.parse().ok()),
-        signalled: signalled(&status),
+        signals: Signals::parse(&status),
     })
 }
 
@@ -101,15 +101,32 @@ pub(super) fn began_here() -> Option<Duration> {
     began(&fs::read_to_string("/proc/thread-self/sched").ok()?)
 }
 
-/// Whether `/proc/PID/status` tells of a signal that is pending and neither blocked nor ignored.
-pub fn signalled(status: &str) -> bool {
-    let set = |key| field(status, key).and_then(|text| u64::from_str_radix(text, 16).ok()).unwrap_or(0);
-    (set("SigPnd:") | set("ShdPnd:")) & !set("SigBlk:") & !set("SigIgn:") != 0
+/// The signals that are pending for a thread or its process, and what it makes of them: one bit each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Signals {
+    pending: u64,
+    blocked: u64,
+    ignored: u64,
 }
 
-/// Whether a signal is pending for a process that it would act on.
-pub fn is_signalled(process: Pid) -> bool {
-    fs::read_to_string(format!("/proc/{process}/status")).is_ok_and(|status| signalled(&status))
+impl Signals {
+    /// Those of a thread; none when it is gone.
+    pub fn of(process: Pid, thread: Pid) -> Signals {
+        let status = fs::read_to_string(format!("/proc/{process}/task/{thread}/status"));
+        status.map_or(Signals::default(), |status| Signals::parse(&status))
+    }
+
+    /// Parses `/proc/PID/task/TID/status`.
+    fn parse(status: &str) -> Signals {
+        let set = |key| field(status, key).and_then(|text| u64::from_str_radix(text, 16).ok()).unwrap_or(0);
+        Signals { pending: set("SigPnd:") | set("ShdPnd:"), blocked: set("SigBlk:"), ignored: set("SigIgn:") }
+    }
+
+    /// Whether one is pending that makes the thread run: that it would act on, or that is among `awaited`, which it waits
+    /// for. Those are blocked again as soon as its wait is interrupted.
+    pub fn rouse(self, awaited: u64) -> bool {
+        self.pending & (awaited | !(self.blocked | self.ignored)) != 0
+    }
 }
 
 /// How many packets the network namespace of a process has taken in; none when that cannot be told.
@@ -179,13 +196,17 @@ mod tests {
 
     #[test]
     fn a_blocked_or_ignored_signal_is_none_to_act_on() {
-        let status = |pending, blocked, ignored| {
-            format!("SigPnd:\t{pending}\nShdPnd:\t0000\nSigBlk:\t{blocked}\nSigIgn:\t{ignored}\n")
+        let rouse = |pending, blocked, ignored, awaited| {
+            let text = format!("SigPnd:\t{pending}\nShdPnd:\t0000\nSigBlk:\t{blocked}\nSigIgn:\t{ignored}\n");
+            Signals::parse(&text).rouse(awaited)
         };
-        assert!(signalled(&status("2000", "0000", "1000")));
-        assert!(!signalled(&status("2000", "2000", "0000")));
-        assert!(!signalled(&status("2000", "0000", "2000")));
-        assert!(!signalled(&status("0000", "0000", "0000")));
+        assert!(rouse("2000", "0000", "1000", 0));
+        assert!(!rouse("2000", "2000", "0000", 0));
+        assert!(!rouse("2000", "0000", "2000", 0));
+        assert!(!rouse("0000", "0000", "0000", 0x2000));
+        // Whoever waits for a signal blocks it.
+        assert!(rouse("2000", "2000", "0000", 0x2000));
+        assert!(!rouse("2000", "2000", "0000", 0x1000));
     }
 
     #[test]
@@ -216,7 +237,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_text_upsets_the_parsers(text: String) {
-            let _ = (call(&text), began(&text), signalled(&text), counter(&text, "Ip:", "InReceives"));
+            let _ = (call(&text), began(&text), Signals::parse(&text), counter(&text, "Ip:", "InReceives"));
         }
     }
 }

@@ -11,9 +11,11 @@
 
 mod descriptors;
 mod ready;
+mod signals;
+mod sockets;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     time::{Duration, Instant},
 };
@@ -27,18 +29,17 @@ use rustix::{io::Errno, process::Pid, time::ClockId};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::debug;
 
-use self::descriptors::{Duplicates, Owners, Wanted};
+use self::{
+    descriptors::{Duplicates, Owners, Wanted},
+    signals::Listener,
+};
 use crate::wake::WakeCause;
 
-/// How often a sleeping agent is looked at for signals, which nothing tells of: `alarm` and the like arrive that late.
-const SIGNALS: Duration = Duration::from_secs(1);
 /// How often a thread goes to sleep, at most, on its way out of the freezer, back to its call and into the freezer again.
 /// With more it may be in another call that looks the same.
 const AGAIN: u64 = 6;
 /// A time limit that is further away is none: no clock of this machine needs to count that far.
 const NEVER: Duration = Duration::from_hours(30 * 365 * 24);
-/// How many processes are looked at for signals.
-const MOST_SIGNALLED: usize = 64;
 
 /// Why an agent cannot be watched, and so cannot sleep with its processes in place.
 #[derive(Debug, thiserror::Error)]
@@ -147,7 +148,7 @@ impl Interrupted {
 pub struct Prepared {
     duplicates: Duplicates,
     deadline: Option<Instant>,
-    processes: Vec<Pid>,
+    listeners: Vec<Listener>,
 }
 
 /// The end of a wait of a thread of `process`, seen from the freeze; none when it is out of reach.
@@ -205,15 +206,20 @@ fn wait_of(
     };
     let space =
         Space::open(thread.process).map_err(|error| busy(&format!("cannot be looked at: {error}")))?;
-    let wait = calls::wait_of(&real, &|address, bytes| space.read(address, bytes)).map_err(|unclear| {
-        let unseen = |what| Error::Unseen { thread: thread.id, name: thread.name.clone(), what };
-        match unclear {
-            Unclear::Runs => busy(&format!("is in system call {}", real.number)),
-            Unclear::Unreadable => busy("changes the arguments of its system call"),
-            Unclear::Restarted => unseen("the rest of an interrupted time limit"),
-            Unclear::Unseen(what) => unseen(what),
-        }
-    })?;
+    let mut wait =
+        calls::wait_of(&real, &|address, bytes| space.read(address, bytes)).map_err(|unclear| {
+            let unseen = |what| Error::Unseen { thread: thread.id, name: thread.name.clone(), what };
+            match unclear {
+                Unclear::Runs => busy(&format!("is in system call {}", real.number)),
+                Unclear::Unreadable => busy("changes the arguments of its system call"),
+                Unclear::Restarted => unseen("the rest of an interrupted time limit"),
+                Unclear::Unseen(what) => unseen(what),
+            }
+        })?;
+    // The call takes what it waits for: it is not a poll, to which the limit of a socket means nothing.
+    if let ([(number, readiness)], true, None) = (&*wait.descriptors, wait.takes, wait.until) {
+        wait.until = sockets::limit(thread.process, *number, *readiness).map(Until::Lasts);
+    }
     let until = match (resumed, wait.until) {
         (Some(known), _) if call.number == RESTART => known.until,
         // A limit that is written down as what is left begins anew after each freeze; its program's clock does not.
@@ -240,7 +246,7 @@ pub struct Examined {
     deadline: Option<Instant>,
     takes: bool,
     packets_came: bool,
-    processes: Vec<Pid>,
+    listeners: Vec<Listener>,
 }
 
 /// Finds out what an agent waits for that was frozen at `frozen`, and remembers what the freeze has interrupted. Blocks for
@@ -262,29 +268,48 @@ pub fn examine(
     let mut takes = false;
     let mut remembered = HashMap::new();
     let mut outcome = Ok(());
-    for thread in threads::all(&processes).iter().filter(|thread| !thread.is_stopped()) {
+    let threads = threads::all(&processes);
+    // The descriptors of a process are reached by its main thread, which may have ended before the others.
+    let led: HashSet<Pid> = threads.iter().map(|thread| thread.id).collect();
+    let mut listeners = Vec::with_capacity(threads.len());
+    for thread in &threads {
+        let mut listener = Listener { process: thread.process, thread: thread.id, awaited: 0 };
+        if thread.is_stopped() {
+            listeners.push(listener);
+            continue;
+        }
         let still = before.threads.get(&thread.id).is_some_and(|earlier| stood_still(earlier, thread));
         let busy = |what: &str| Err(Error::Busy(format!("thread {} ({}) {what}", thread.id, thread.name)));
+        let unseen = |what| Err(Error::Unseen { thread: thread.id, name: thread.name.clone(), what });
         match wait_of(before, thread, frozen, interrupted) {
             Ok((wait, known)) => {
                 remembered.insert(thread.id, known);
                 deadlines.extend(known.until);
                 takes |= wait.takes;
+                listener.awaited = wait.signals;
+                if !wait.descriptors.is_empty() && !led.contains(&thread.process) {
+                    outcome = outcome.and(unseen("a descriptor of a process whose main thread has ended"));
+                }
                 for (number, readiness) in wait.descriptors {
-                    *wanted.entry((thread.process, number)).or_insert(readiness) |= readiness;
+                    let place = (thread.process, number);
+                    if !wanted.contains_key(&place) && signals::by_descriptor(thread.process, number) {
+                        outcome = outcome.and(unseen("signals, by a signalfd"));
+                    }
+                    *wanted.entry(place).or_insert(readiness) |= readiness;
                 }
             }
             Err(error) => outcome = outcome.and(Err(error)),
         }
-        if thread.signalled {
+        if thread.signals.rouse(listener.awaited) {
             outcome = outcome.and(busy("has a signal to act on"));
         } else if !still {
             outcome = outcome.and(busy("runs"));
         }
+        listeners.push(listener);
     }
     *interrupted = Interrupted(remembered);
     outcome?;
-    Ok(Examined { wanted, deadline: deadlines.into_iter().min(), takes, packets_came, processes })
+    Ok(Examined { wanted, deadline: deadlines.into_iter().min(), takes, packets_came, listeners })
 }
 
 /// Takes duplicates of what a frozen agent waits for. Blocks for some microseconds a descriptor.
@@ -292,7 +317,7 @@ pub fn examine(
 /// # Errors
 /// [`Error`], and nothing is held.
 pub fn watch(examined: Examined) -> Result<Prepared, Error> {
-    let Examined { wanted, deadline, takes, packets_came, processes } = examined;
+    let Examined { wanted, deadline, takes, packets_came, listeners } = examined;
     let mut owners = Owners::default();
     let mut told = false;
     for &(process, number) in wanted.keys() {
@@ -312,7 +337,7 @@ pub fn watch(examined: Examined) -> Result<Prepared, Error> {
         return Err(Error::Busy("a time that it waits for has come".to_owned()));
     }
     debug!(descriptors = duplicates.len(), ?deadline, "watching");
-    Ok(Prepared { duplicates, deadline, processes })
+    Ok(Prepared { duplicates, deadline, listeners })
 }
 
 /// A frozen agent that is watched. Dropping it gives all duplicates back.
@@ -321,7 +346,7 @@ pub struct Watch {
     ready: AsyncFd<std::os::fd::OwnedFd>,
     duplicates: Duplicates,
     deadline: Option<Instant>,
-    processes: Vec<Pid>,
+    listeners: Vec<Listener>,
 }
 
 impl Watch {
@@ -330,11 +355,11 @@ impl Watch {
     /// # Errors
     /// When the shim has no descriptor left.
     pub fn begin(prepared: Prepared) -> io::Result<Watch> {
-        let Prepared { duplicates, deadline, processes } = prepared;
+        let Prepared { duplicates, deadline, listeners } = prepared;
         let epoll = duplicates.epoll.try_clone()?;
         // SAFETY: an owned descriptor stays open, and the same, until the registration that owns it is dropped.
         let ready = unsafe { AsyncFd::register_with_interest(epoll, Interest::READABLE) }?;
-        Ok(Watch { ready, duplicates, deadline, processes })
+        Ok(Watch { ready, duplicates, deadline, listeners })
     }
 
     /// How many duplicates it holds.
@@ -359,7 +384,7 @@ impl Watch {
         tokio::select! {
             () = self.readiness() => WakeCause::Traffic,
             () = due(self.deadline) => WakeCause::Timer,
-            () = self.signal() => WakeCause::Signal,
+            () = signals::arrive(&self.listeners) => WakeCause::Signal,
         }
     }
 
@@ -371,16 +396,6 @@ impl Watch {
                 return;
             }
             guard.clear_ready();
-        }
-    }
-
-    async fn signal(&self) {
-        let mut looks = tokio::time::interval(SIGNALS);
-        loop {
-            looks.tick().await;
-            if self.processes.iter().take(MOST_SIGNALLED).any(|&process| threads::is_signalled(process)) {
-                return;
-            }
         }
     }
 }

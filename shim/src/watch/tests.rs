@@ -14,7 +14,7 @@ fn thread(number: u64, switches: u64) -> Thread {
         switches,
         began: Some(Duration::from_secs(10)),
         read: Some(0),
-        signalled: false,
+        signals: threads::Signals::default(),
     }
 }
 
@@ -114,7 +114,7 @@ async fn a_watch_tells_of_readiness_and_of_time() {
     let wanted = Wanted::from([((me, reader.as_raw_fd()), rustix::event::epoll::EventFlags::IN)]);
     let prepared = |deadline| {
         let duplicates = Duplicates::take(&mut Owners::default(), &wanted).unwrap();
-        Watch::begin(Prepared { duplicates, deadline, processes: vec![me] }).unwrap()
+        Watch::begin(Prepared { duplicates, deadline, listeners: Vec::new() }).unwrap()
     };
     let soon = Duration::from_millis(5);
     assert_eq!(prepared(Some(Instant::now() + soon)).demand().await, WakeCause::Timer);
