@@ -114,7 +114,13 @@ impl RuncContainer {
 
     /// Thaws it. The duplicates go after that: until they do, a connection that it closes stays open.
     pub(super) async fn go_on(&self) -> Result<(), RuntimeError> {
-        self.cgroup.thaw().await.map_err(failed)?;
+        if let Err(error) = self.cgroup.thaw().await {
+            // One that could not fall asleep counts as awake, and runs as soon as what keeps it from that lets it.
+            if self.lock().frozen.watch.is_none() {
+                self.io.set_asleep(false);
+            }
+            return Err(failed(error));
+        }
         self.end_watch();
         self.io.set_asleep(false);
         self.lock().frozen.visit = None;

@@ -269,7 +269,7 @@ pub fn examine(
     let mut remembered = HashMap::new();
     let mut outcome = Ok(());
     let threads = threads::all(&processes);
-    // The descriptors of a process are reached by its main thread, which may have ended before the others.
+    // The memory and the descriptors of a process are reached by its main thread, which may end before the others.
     let led: HashSet<Pid> = threads.iter().map(|thread| thread.id).collect();
     let mut listeners = Vec::with_capacity(threads.len());
     for thread in &threads {
@@ -280,20 +280,22 @@ pub fn examine(
         }
         let still = before.threads.get(&thread.id).is_some_and(|earlier| stood_still(earlier, thread));
         let busy = |what: &str| Err(Error::Busy(format!("thread {} ({}) {what}", thread.id, thread.name)));
-        let unseen = |what| Err(Error::Unseen { thread: thread.id, name: thread.name.clone(), what });
-        match wait_of(before, thread, frozen, interrupted) {
+        let unseen = |what| Error::Unseen { thread: thread.id, name: thread.name.clone(), what };
+        let waits = if led.contains(&thread.process) {
+            wait_of(before, thread, frozen, interrupted)
+        } else {
+            Err(unseen("something, and the main thread of its process has ended"))
+        };
+        match waits {
             Ok((wait, known)) => {
                 remembered.insert(thread.id, known);
                 deadlines.extend(known.until);
                 takes |= wait.takes;
                 listener.awaited = wait.signals;
-                if !wait.descriptors.is_empty() && !led.contains(&thread.process) {
-                    outcome = outcome.and(unseen("a descriptor of a process whose main thread has ended"));
-                }
                 for (number, readiness) in wait.descriptors {
                     let place = (thread.process, number);
                     if !wanted.contains_key(&place) && signals::by_descriptor(thread.process, number) {
-                        outcome = outcome.and(unseen("signals, by a signalfd"));
+                        outcome = outcome.and(Err(unseen("signals, by a signalfd")));
                     }
                     *wanted.entry(place).or_insert(readiness) |= readiness;
                 }
