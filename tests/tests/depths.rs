@@ -335,6 +335,114 @@ child.wait()
 }
 
 #[test]
+fn signals_wake_an_agent_whichever_thread_waits_for_them_and_however() {
+    let node = start();
+    let waits = [
+        ("sigwait", "signal.pthread_sigmask(signal.SIG_BLOCK, {10})", "signal.sigwait({10})"),
+        (
+            "worker",
+            "signal.pthread_sigmask(signal.SIG_BLOCK, {10})\n\
+             threading.Thread(target=lambda: (signal.sigwait({10}), print('served'))).start()",
+            "signal.pthread_sigmask(signal.SIG_BLOCK, {12}); time.sleep(1000)",
+        ),
+        ("handler", "signal.signal(10, lambda *_: print('served'))", "signal.pause()"),
+    ];
+    for (id, prepare, wait) in waits {
+        let text = format!(
+            "import signal, threading, time\n{prepare}\nprint('ready')\n{wait}\nprint('served')\n{wait}"
+        );
+        let agent = run(&node, &program(id, &text));
+        thread::sleep(Duration::from_millis(200));
+        freezes_for_good(&node, &agent);
+        let pid = inspect(&node, id)["pid"].as_u64().unwrap();
+        node.sh(&format!("kill -USR1 {pid}")).unwrap();
+        woke_for(&node, &agent, "signal");
+        says(&node, &agent, "served");
+        agent.delete().unwrap();
+    }
+
+    // To one thread only: not to its main thread.
+    let text = "import signal, threading, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {10})
+def serve():
+    print('ready', threading.get_native_id())
+    signal.sigwait({10})
+    print('served')
+    time.sleep(1000)
+threading.Thread(target=serve).start()
+time.sleep(1000)";
+    let agent = run(&node, &program("directed", text));
+    thread::sleep(Duration::from_millis(200));
+    freezes_for_good(&node, &agent);
+    let pid = inspect(&node, "directed")["pid"].as_u64().unwrap();
+    let send = format!(
+        "import ctypes, os; pid = {pid}; \
+         worker = max(int(tid) for tid in os.listdir(f'/proc/{{pid}}/task')); \
+         assert ctypes.CDLL(None).tgkill(pid, worker, 10) == 0"
+    );
+    node.sh(&format!("python3 -c \"{send}\"")).unwrap();
+    woke_for(&node, &agent, "signal");
+    says(&node, &agent, "served");
+}
+
+#[test]
+fn an_agent_that_waits_for_what_cannot_be_seen_does_not_sleep_frozen() {
+    let node = start();
+    let signalfd = "
+import ctypes, os, select, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {10})
+fd = ctypes.CDLL(None).signalfd(-1, (ctypes.c_ulong * 16)(1 << 9), 0)
+";
+    let waits = [
+        ("read", format!("{signalfd}print('ready')\nos.read(fd, 128)"), "signalfd"),
+        (
+            "epoll",
+            format!("{signalfd}e = select.epoll()\ne.register(fd, 1)\nprint('ready')\ne.poll()"),
+            "signalfd",
+        ),
+        (
+            "headless",
+            "
+import ctypes, os, threading
+r, w = os.pipe()
+threading.Thread(target=lambda: os.read(r, 1)).start()
+print('ready')
+ctypes.CDLL(None).syscall(60, 0)
+"
+            .to_owned(),
+            "the main thread of its process has ended",
+        ),
+    ];
+    for (id, text, why) in waits {
+        let agent = run(&node, &program(id, &text));
+        thread::sleep(Duration::from_millis(200));
+        assert_refused(&agentcube(&node, &["sleep", "--depth", "frozen", id]), &[why]);
+        assert!(!is_asleep(&node, &agent));
+        agent.kill("KILL").unwrap();
+    }
+}
+
+#[test]
+fn a_time_limit_of_a_socket_wakes_who_waits_on_it() {
+    let node = start();
+    let text = "
+import socket, struct
+a, b = socket.socketpair()
+a.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', 3, 0))
+print('ready')
+try: a.recv(1)
+except BlockingIOError: print('over')
+a.recv(1)
+";
+    let agent = run(&node, &program("limit", text));
+    thread::sleep(Duration::from_millis(200));
+    freeze(&node, &agent);
+    thread::sleep(QUIET);
+    assert!(is_asleep(&node, &agent));
+    woke_for(&node, &agent, "timer");
+}
+
+#[test]
 fn an_agent_that_is_at_work_is_not_put_to_sleep() {
     let node = start();
     let busy = run(&node, &program("busy", "print('ready')\nwhile True: pass"));
