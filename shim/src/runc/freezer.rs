@@ -68,7 +68,7 @@ impl RuncContainer {
         let processes = self.processes()?;
         let mut interrupted = std::mem::take(&mut self.lock().frozen.interrupted);
         let (examined, interrupted) = blocking(move || {
-            let examined = watch::examine(processes, &before, frozen, &mut interrupted);
+            let examined = watch::examine(&processes, &before, frozen, &mut interrupted);
             (examined, interrupted)
         })
         .await?;

@@ -255,7 +255,7 @@ pub struct Examined {
 /// # Errors
 /// [`Error::Busy`] and [`Error::Unseen`]; what was interrupted is remembered all the same.
 pub fn examine(
-    processes: Vec<Pid>,
+    processes: &[Pid],
     before: &Before,
     frozen: Instant,
     interrupted: &mut Interrupted,
@@ -268,7 +268,7 @@ pub fn examine(
     let mut takes = false;
     let mut remembered = HashMap::new();
     let mut outcome = Ok(());
-    let threads = threads::all(&processes);
+    let threads = threads::all(processes);
     // The memory and the descriptors of a process are reached by its main thread, which may end before the others.
     let led: HashSet<Pid> = threads.iter().map(|thread| thread.id).collect();
     let mut listeners = Vec::with_capacity(threads.len());

@@ -58,7 +58,7 @@ fn threads_that_run_are_told_and_those_that_wait_are_remembered_all_the_same() {
         std::thread::yield_now();
     };
     let mut interrupted = Interrupted::default();
-    let error = examine(vec![me], &look(&[me]), Instant::now(), &mut interrupted).unwrap_err();
+    let error = examine(&[me], &look(&[me]), Instant::now(), &mut interrupted).unwrap_err();
     assert!(matches!(error, Error::Busy(_)), "this thread runs: {error}");
     assert!(interrupted.0.contains_key(&waiting.id));
     drop(writer);
@@ -144,10 +144,10 @@ proptest::proptest! {
     fn no_time_limit_is_too_long_to_wait_for(
         whole in proptest::prop_oneof![0u64..10, proptest::strategy::Just(i64::MAX.unsigned_abs()), 0u64..u64::MAX],
         nanos in proptest::prop_oneof![0u32..=9, 999_999_990u32..=999_999_999],
-        kind in 0..4,
+        kind in 0usize..4,
     ) {
         let at = Duration::new(whole, nanos);
-        let until = [Until::Left(at), Until::Lasts(at), Until::Monotonic(at), Until::Realtime(at)][kind as usize];
+        let until = [Until::Left(at), Until::Lasts(at), Until::Monotonic(at), Until::Realtime(at)][kind];
         let end = deadline(until, rustix::process::getpid(), Instant::now(), Duration::ZERO);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
