@@ -221,7 +221,7 @@ pub enum Effect {
     ThawForProbe,
     /// Freeze it again and watch it; ends with [`Event::RefreezeFailed`] if that fails or it has something to do.
     Refreeze,
-    /// Begin a dump; ends with [`Event::DumpDone`].
+    /// Begin a dump, which ends the watch; ends with [`Event::DumpDone`].
     Dump,
     /// Ask the dump under way to be given up before it kills.
     CancelDump,

@@ -21,7 +21,7 @@ pub(super) fn frozen(by: FrozenBy, facts: Facts, event: Event) -> Result<Step, R
         (FrozenBy::Sleep, Event::Sleep(Depth::Frozen)) => Err(Refusal::AlreadyAsleep(Depth::Frozen)),
         (FrozenBy::Sleep, Event::Sleep(Depth::Checkpointed)) => {
             facts.allow_dump()?;
-            to(DEEPENING, &[Effect::Unwatch, Effect::Dump])
+            to(DEEPENING, &[Effect::Dump])
         }
         (FrozenBy::Sleep, Event::Sleep(Depth::Reclaimed)) => to(State::Reclaiming, &[Effect::Reclaim]),
         (FrozenBy::Sleep, Event::Pause) => to(PAUSED, &[Effect::Unwatch, Effect::PublishPaused]),

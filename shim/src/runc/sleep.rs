@@ -214,6 +214,7 @@ impl RuncContainer {
         let before = self.look().await;
         let outcome = self.freeze_and_dump(veto, before.as_ref().ok()).await;
         if let Err(error) = &outcome {
+            self.end_watch();
             self.io.abort_dump();
             // Also when it failed before the engine had a hand in it.
             if let Err(thaw) = self.cgroup.thaw().await {
@@ -240,7 +241,12 @@ impl RuncContainer {
         let container = self.for_engine()?;
         let init = self.lock().init.raw().ok_or_else(|| failed("there is no init process"))?;
         // A fill can take long, and the agent runs meanwhile: who needs it need not wait for that.
-        veto.unless_raised(self.complete_fill()).await??;
+        // One that sleeps frozen is watched as long as that, and no longer: a dump sees who else has its descriptors.
+        tokio::select! {
+            filled = veto.unless_raised(self.complete_fill()) => filled??,
+            _ = self.stirred() => return Err(RuntimeError::Vetoed),
+        }
+        self.end_watch();
         let writer = veto.unless_raised(self.begin_image()).await??;
         let whole_because = self.write_in_advance(&engine, &container, init, &writer).await.err();
         if veto.is_raised() {
