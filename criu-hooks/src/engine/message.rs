@@ -1,9 +1,14 @@
 //! The messages of CRIU's images, field by field: what is not changed stays byte for byte.
 
+use std::ops::RangeInclusive;
+
 use protobuf::{CodedInputStream, CodedOutputStream};
 
 /// What every image begins with.
 pub(super) const COMMON: u32 = 0x5456_4319;
+
+/// The numbers that a field can have.
+const FIELDS: RangeInclusive<u32> = 1..=(1 << 29) - 1;
 
 /// The value of a field, by how it is written.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,7 +36,9 @@ impl Message {
                 5 => Value::Fixed32(input.read_fixed32().ok()?),
                 _ => return None,
             };
-            fields.push((tag >> 3, value));
+            // No other can be written.
+            let field = Some(tag >> 3).filter(|field| FIELDS.contains(field))?;
+            fields.push((field, value));
         }
         let message = Message(fields);
         (message.encode()? == bytes).then_some(message)
@@ -197,6 +204,19 @@ mod tests {
             prop_assert_eq!(changed, Some(whole(new)));
             prop_assert_eq!(edited(&whole(old), 8, |_| true), None);
             prop_assert_eq!(edited(&whole(old), 7, |_| false), None);
+        }
+
+        /// Numbers that no field can have are refused.
+        #[test]
+        fn a_field_of_any_number_is_taken_apart_or_refused(field: u32, number: u64) {
+            let mut bytes = Vec::new();
+            let mut output = CodedOutputStream::vec(&mut bytes);
+            output.write_raw_varint32(field << 3).unwrap();
+            output.write_raw_varint64(number).unwrap();
+            output.flush().unwrap();
+            drop(output);
+            let parsed = Message::parse(&bytes).and_then(|message| message.number(field << 3 >> 3));
+            prop_assert_eq!(parsed, (field << 3 != 0).then_some(number));
         }
 
         /// Whatever bytes come, they are taken apart or refused.
