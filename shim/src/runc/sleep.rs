@@ -240,13 +240,7 @@ impl RuncContainer {
         let engine = self.engine.clone().with_versions(&criu.to_string(), "");
         let container = self.for_engine()?;
         let init = self.lock().init.raw().ok_or_else(|| failed("there is no init process"))?;
-        // A fill can take long, and the agent runs meanwhile: who needs it need not wait for that.
-        // One that sleeps frozen is watched as long as that, and no longer: a dump sees who else has its descriptors.
-        tokio::select! {
-            filled = veto.unless_raised(self.complete_fill()) => filled??,
-            _ = self.stirred() => return Err(RuntimeError::Vetoed),
-        }
-        self.end_watch();
+        self.fill_up(&veto).await?;
         let writer = veto.unless_raised(self.begin_image()).await??;
         let whole_because = self.write_in_advance(&engine, &container, init, &writer).await.err();
         if veto.is_raised() {
@@ -265,13 +259,7 @@ impl RuncContainer {
         }
         let veto = &objections.veto;
         if let Some(before) = before {
-            let examined = while_frozen(veto, self.examine(before.clone())).await?;
-            // Whether it has something to do matters only where it is to sleep no longer than it would wait.
-            if let Err(busy @ watch::Error::Busy(_)) = examined
-                && self.options.timer_policy() == timers::Policy::Wake
-            {
-                return Err(RuntimeError::Busy(busy.to_string()));
-            }
+            while_frozen(veto, self.examine_waits(before.clone())).await?;
         }
         let seen = while_frozen(veto, self.inspection(&container, init)).await?;
         self.admit(&seen)?;
@@ -341,6 +329,28 @@ impl RuncContainer {
         inner.image =
             Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close, timers, alarm: Arc::new(alarm) });
         Ok(report)
+    }
+
+    /// Waits until all memory of the last wake is there. That can take long, and who needs the agent need not wait for it.
+    async fn fill_up(&self, veto: &Veto) -> Result<(), RuntimeError> {
+        // One that sleeps frozen is watched as long as that, and no longer: a dump sees who else has its descriptors.
+        tokio::select! {
+            filled = veto.unless_raised(self.complete_fill()) => filled??,
+            _ = self.stirred() => return Err(RuntimeError::Vetoed),
+        }
+        self.end_watch();
+        Ok(())
+    }
+
+    /// Finds out how long the frozen agent waits, for its timers.
+    async fn examine_waits(&self, before: Before) -> Result<(), RuntimeError> {
+        match self.examine(before).await? {
+            // Whether it has something to do matters only where it is to sleep no longer than it would wait.
+            Err(busy @ watch::Error::Busy(_)) if self.options.timer_policy() == timers::Policy::Wake => {
+                Err(RuntimeError::Busy(busy.to_string()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Takes hold of the sockets by which the frozen agent is reached.
