@@ -172,12 +172,9 @@ fn input_for_a_sleeping_agent_wakes_it_and_arrives_whole() {
         .unwrap();
     }
     assert_eq!(agent.exec(&["cat", "/got"]).unwrap().check().unwrap(), input);
-    // That its input has ended it learns when it wakes, which that does not make it do.
+    // The end of its input is input.
     sleep(&node, &agent);
     client.close_stdin();
-    thread::sleep(Duration::from_millis(300));
-    assert_asleep(&node, &agent);
-    wake(&node, &agent);
     let ended = client.wait(SOON).unwrap();
     assert_eq!((ended.status, ended.stdout), (5, format!("ready\n{} /got\nound 4 ", input.len())));
 }
