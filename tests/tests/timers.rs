@@ -146,12 +146,18 @@ fn of(names: &[&str]) -> Vec<(&'static str, &'static str)> {
     names.iter().map(|name| *WAITS.iter().find(|(id, _)| id == name).unwrap()).collect()
 }
 
-/// How long after its time a timer may come, in milliseconds: the machine may be busy, and never before.
+/// How long after its time a timer may come, in milliseconds: the machine may be busy.
 const LATE: u64 = 5000;
+
+/// How long before its time a wait may end, in milliseconds: none, but for those of which the kernel tells neither what is
+/// left nor when they began. That is known by the clocks of processors, which differ.
+fn early(id: &str) -> u64 {
+    if ["poll", "untold"].contains(&id) { 500 } else { 0 }
+}
 
 fn assert_in_time(id: &str, took: u64, due: u64) {
     println!("{id}: after {took} ms");
-    assert!((due..due + LATE).contains(&took), "{id}: after {took} ms rather than {due}");
+    assert!((due - early(id)..due + LATE).contains(&took), "{id}: after {took} ms rather than {due}");
 }
 
 #[test]
@@ -225,8 +231,7 @@ fn a_wait_that_was_interrupted_before_ends_in_time_after_several_sleeps_of_eithe
             // A call that the kernel has begun anew when it was thawed comes later by the time that it was frozen.
             let frozen = if ["ppoll", "select"].contains(&id) { 1500 } else { 0 };
             let wall = took(&node, &agent).0;
-            println!("{id}: after {wall} ms");
-            assert!((14_000..14_000 + LATE + frozen).contains(&wall), "{id}: after {wall} ms");
+            assert_in_time(id, wall.saturating_sub(frozen).max(14_000.min(wall)), 14_000);
             woken_by_timer(&node, id);
             agent.delete().unwrap();
         },
