@@ -45,7 +45,7 @@ print('ready', flush=True)
 WAIT
 took, ran = time.time() - begun, time.monotonic() - monotonic
 assert all(memory[str(n)] == n * n for n in range(1000))
-print('over', int(took * 1000), int(ran * 1000), flush=True)
+os.write(1, f'over {int(took * 1000)} {int(ran * 1000)}\n'.encode())
 signal.pause()
 ";
 
