@@ -221,7 +221,7 @@ impl Default for Options {
             probe_sources: Vec::new(),
             probe_commands: Commands::default(),
             timers: Timers::default(),
-            timer_horizon_seconds: 10,
+            timer_horizon_seconds: 90,
         }
     }
 }
