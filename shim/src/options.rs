@@ -650,7 +650,7 @@ mod tests {
             options.annotated(Some(&HashMap::from([(TIMERS.to_owned(), value.to_owned())])))
         };
         let auto = |seconds| timers::Policy::Auto { horizon: Duration::from_secs(seconds) };
-        assert_eq!(Options::default().timer_policy(), auto(10));
+        assert_eq!(Options::default().timer_policy(), auto(90));
         let options = Options::from_toml("timers = \"resume\"\ntimer_horizon_seconds = 60", "x").unwrap();
         assert_eq!(options.timer_policy(), timers::Policy::Resume);
         assert_eq!(annotated(options.clone(), "wake").unwrap().timer_policy(), timers::Policy::Wake);
