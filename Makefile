@@ -72,9 +72,9 @@ test: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	@echo "Unit tests: no root needed."
-	cargo test --workspace --locked --lib --bins
+	cargo test --workspace --locked --no-fail-fast --lib --bins
 	@echo "The behaviour suite, on nodes with real containerd, runc and CRIU: this takes minutes."
-	AGENTCUBE_TEST_ROOTFS="$$($(OUTPUT)/node rootfs)" cargo test --workspace --locked --test '*'
+	AGENTCUBE_TEST_ROOTFS="$$($(OUTPUT)/node rootfs)" cargo test --workspace --locked --no-fail-fast --test '*'
 	@$(MAKE) --no-print-directory test-vm
 
 # cargo starts each test binary with what stands here, and that runs it in a virtual machine of its own.
