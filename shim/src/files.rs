@@ -37,6 +37,8 @@ pub(crate) fn with_original_limit(command: &mut Command) {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::process::Stdio;
+
     use super::*;
 
     #[test]
@@ -46,9 +48,11 @@ mod tests {
         setrlimit(Resource::Nofile, Rlimit { current: Some(fewer), maximum }).unwrap();
         raise_limit().unwrap();
         assert_eq!(getrlimit(Resource::Nofile).current, maximum);
+        // Not waited for: the reaper of other tests may be there first.
         let said = |command: &mut Command| {
-            let output = command.args(["-c", "ulimit -Sn; ulimit -Hn"]).output().unwrap();
-            String::from_utf8(output.stdout).unwrap()
+            let child =
+                command.args(["-c", "ulimit -Sn; ulimit -Hn"]).stdout(Stdio::piped()).spawn().unwrap();
+            std::io::read_to_string(child.stdout.unwrap()).unwrap()
         };
         let mut command = Command::new("/bin/sh");
         with_original_limit(&mut command);
