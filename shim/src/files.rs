@@ -48,11 +48,13 @@ mod tests {
         setrlimit(Resource::Nofile, Rlimit { current: Some(fewer), maximum }).unwrap();
         raise_limit().unwrap();
         assert_eq!(getrlimit(Resource::Nofile).current, maximum);
-        // Not waited for: the reaper of other tests may be there first.
         let said = |command: &mut Command| {
-            let child =
-                command.args(["-c", "ulimit -Sn; ulimit -Hn"]).stdout(Stdio::piped()).spawn().unwrap();
-            std::io::read_to_string(child.stdout.unwrap()).unwrap()
+            command.args(["-c", "ulimit -Sn; ulimit -Hn"]).stdout(Stdio::piped());
+            let mut child = command.spawn().unwrap();
+            let said = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
+            // The reaper of other tests may have been there first.
+            let _ = child.wait();
+            said
         };
         let mut command = Command::new("/bin/sh");
         with_original_limit(&mut command);

@@ -562,7 +562,7 @@ fn sleeps_in_a_storm(depth: &str, sleeps: u64, clients: u64, pause: Duration) {
         let clients = scope.spawn(|| storm(&agent, clients, pause, &stop));
         let begun = Instant::now();
         let (mut slept, mut tried) = (0, 0);
-        while slept < sleeps && begun.elapsed() < 3 * SOON {
+        while slept < sleeps && begun.elapsed() < 10 * SOON {
             // Refused while it is at work, and given up when somebody comes in its middle.
             slept += u64::from(agentcube(&node, &["sleep", "--depth", depth, "a"]).status == 0);
             tried += 1;

@@ -11,7 +11,7 @@ use agentcube_tests::images::Image;
 use agentcube_tests::node::{AgentSpec, Node, Runtime, Spawned};
 use cycle::{
     SOON, agent, agentcube, assert_asleep, counted, counts_on, cycle, inspect, running, script, sleep,
-    sleep_at, start, wake, wakes,
+    sleep_at, sleep_in_place, start, wake, wakes,
 };
 use rustix::process::Signal;
 
@@ -29,7 +29,10 @@ fn a_log_has_no_gap_and_no_double_line_over_many_cycles() {
     for round in 0..12 {
         // At another point of the counter's 100 ms each time.
         thread::sleep(Duration::from_millis(round * 17));
-        sleep_at(&node, &counter, if round % 3 == 2 { "frozen" } else { "checkpointed" });
+        match round % 3 {
+            2 => sleep_in_place(&node, &counter, "frozen"),
+            _ => sleep_at(&node, &counter, "checkpointed"),
+        }
         // A frozen counter may have woken for its timer.
         agentcube(&node, &counter, &["wake"]).unwrap();
     }
@@ -159,7 +162,10 @@ fn input_for_a_sleeping_agent_wakes_it_and_arrives_whole() {
     client.wait_for_output("it to begin", SOON, |text| text.contains("ready")).unwrap();
     let mut input = String::new();
     for round in 1..=4 {
-        sleep_at(&node, &agent, if round == 3 { "frozen" } else { "checkpointed" });
+        match round {
+            3 => sleep_in_place(&node, &agent, "frozen"),
+            _ => sleep_at(&node, &agent, "checkpointed"),
+        }
         // More than pipes hold.
         let part = format!("round {round} ").repeat(60_000);
         client.write(&part).unwrap();

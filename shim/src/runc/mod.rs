@@ -248,8 +248,13 @@ impl RuncContainer {
 #[async_trait]
 impl Runtime for RuncContainer {
     async fn start(&self) -> Result<Option<Process>, RuntimeError> {
+        let init = self.lock().init.raw();
+        let of_runc = init.and_then(process::program);
         let started = self.runc.start(&self.id).await;
         started.map_err(|error| runc_error("start", error, &self.runc_log()))?;
+        if let (Some(init), Some(of_runc)) = (init, of_runc) {
+            process::begun(init, of_runc).await;
+        }
         self.look_at_criu();
         Ok(None)
     }

@@ -3,8 +3,9 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::Path,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -22,6 +23,29 @@ use crate::{
 const MAX_SIGNAL: u32 = 64;
 /// How much of runc's log is read.
 const MAX_LOG: u64 = 1 << 20;
+/// How long a container's init may take to become the container's program.
+const BEGIN: Duration = Duration::from_secs(5);
+
+/// The file that a process runs: its device and inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Program(u64, u64);
+
+/// What a process runs; nothing when it has ended.
+pub(super) fn program(pid: Pid) -> Option<Program> {
+    let exe = fs::metadata(format!("/proc/{}/exe", pid.as_raw_nonzero())).ok()?;
+    Some(Program(exe.dev(), exe.ino()))
+}
+
+/// Waits until a process runs another program than `before`, or has ended, or takes too long.
+///
+/// `runc start` returns just before that, and what is not yet the container's program cannot be put to sleep: it maps
+/// files from outside the container.
+pub(super) async fn begun(pid: Pid, before: Program) {
+    let begun = Instant::now();
+    while program(pid) == Some(before) && begun.elapsed() < BEGIN {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
 
 /// A process by its pid and by a descriptor that can mean no other.
 pub(super) struct ProcessHandle {
@@ -180,6 +204,27 @@ mod tests {
         assert_eq!(error, "OCI runtime create failed: no such file");
         let next = runc_error("start", command_failed("container not found\n"), &log).to_string();
         assert!(next.contains("container not found"), "an old log is not read again: {next}");
+    }
+
+    #[tokio::test]
+    async fn a_process_has_begun_when_it_runs_another_program_or_has_ended() {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "read line; exec sleep 0.1"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = Pid::from_child(&child);
+        let shell = program(pid).unwrap();
+        child.stdin.take().unwrap();
+        begun(pid, shell).await;
+        let sleeping = program(pid);
+        assert_ne!(sleeping, Some(shell));
+        if let Some(sleeping) = sleeping {
+            begun(pid, sleeping).await;
+        }
+        assert_eq!(program(pid), None);
+        // The reaper of other tests may have been there first.
+        let _ = child.wait();
     }
 
     #[test]

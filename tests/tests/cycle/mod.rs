@@ -61,10 +61,11 @@ pub fn sleep(node: &Node, agent: &Agent) {
     assert_asleep(node, agent);
 }
 
-/// Puts an agent to sleep with its processes in place, as soon as it has done with what its clients asked for last.
+/// Puts an agent to sleep with its processes in place, as soon as it has done with what its clients asked for last, and with
+/// a wait that was interrupted before.
 pub fn sleep_in_place(node: &Node, agent: &Agent, depth: &str) {
     let asleep = || match agentcube(node, agent, &["sleep", "--depth", depth]) {
-        Err(reason) if reason.contains("at work") => Ok(false),
+        Err(reason) if reason.contains("at work") || reason.contains("interrupted") => Ok(false),
         other => Ok(other.map(|_| true).unwrap()),
     };
     node.wait_until(&format!("{} to sleep {depth}", agent.id()), SOON, asleep).unwrap();
