@@ -267,6 +267,9 @@ pub enum Refusal {
     /// A client paused it.
     #[error("a client of the Task API has paused it: resume the task first")]
     Paused,
+    /// It was resumed before the pause had come.
+    #[error("it was resumed before it could be paused")]
+    Resumed,
     /// It runs, so there is nothing to resume.
     #[error("it is not paused")]
     NotPaused,
@@ -381,6 +384,8 @@ fn running(facts: Facts, event: Event) -> Result<Step, Refusal> {
             }
         }
         Event::Wake | Event::Need => to(State::Running, &[Effect::Release]),
+        // CRIU thaws the cgroup as soon as it has hold of the processes, and leaves it at its end as it found it.
+        Event::Pause if facts.checkpoints > 0 => Err(Refusal::BeingCheckpointed),
         Event::Pause => to(PAUSED, &[Effect::Freeze, Effect::PublishPaused]),
         Event::Resume => Err(Refusal::NotPaused),
         Event::Kill => to(State::Running, &[Effect::Kill]),

@@ -29,6 +29,8 @@ struct World {
     no_thaw: bool,
     /// An exec lives in it.
     exec: bool,
+    /// A checkpoint is being taken for a client.
+    checkpoint: bool,
 }
 
 /// What the outside does next.
@@ -45,9 +47,11 @@ enum Move {
     ThawFails,
     /// An exec begins or ends, if the agent runs.
     Exec,
+    /// A checkpoint for a client begins or ends, if the agent does not sleep.
+    Checkpoint,
 }
 
-const MOVES: [Move; 15] = [
+const MOVES: [Move; 16] = [
     Move::Ask(Event::Start),
     Move::Ask(Event::Sleep(Depth::Frozen)),
     Move::Ask(Event::Sleep(Depth::Reclaimed)),
@@ -63,6 +67,7 @@ const MOVES: [Move; 15] = [
     Move::FreezeFails,
     Move::ThawFails,
     Move::Exec,
+    Move::Checkpoint,
 ];
 
 fn moves() -> impl Strategy<Value = Move> {
@@ -83,6 +88,7 @@ fn moves() -> impl Strategy<Value = Move> {
         1 => Just(Move::FreezeFails),
         1 => Just(Move::ThawFails),
         1 => Just(Move::Exec),
+        1 => Just(Move::Checkpoint),
     ]
 }
 
@@ -98,7 +104,10 @@ impl World {
                 assert!(!self.starting, "started twice");
                 self.starting = true;
             }
-            Effect::Freeze => self.frozen = true,
+            Effect::Freeze => {
+                assert!(!self.checkpoint, "CRIU would thaw it, or never come to its end");
+                self.frozen = true;
+            }
             Effect::Thaw => {
                 assert!(!self.reclaiming, "thawed while its memory is pushed out");
                 self.frozen = false;
@@ -172,7 +181,7 @@ impl Model {
     }
 
     fn facts(&self) -> Facts {
-        Facts { live_execs: usize::from(self.world.exec), checkpoints: 0 }
+        Facts { live_execs: usize::from(self.world.exec), checkpoints: usize::from(self.world.checkpoint) }
     }
 
     fn event(&mut self, event: Event) {
@@ -229,6 +238,10 @@ impl Model {
                 self.world.exec = !self.world.exec;
             }
             Move::Exec => {}
+            Move::Checkpoint if matches!(self.state, State::Running | PAUSED) && self.world.processes => {
+                self.world.checkpoint = !self.world.checkpoint;
+            }
+            Move::Checkpoint => {}
         }
         if self.world.kill_pending && !self.world.dumping && !self.world.restoring {
             self.world.kill_pending = false;
@@ -241,6 +254,7 @@ impl Model {
         if self.world.processes && !self.world.restoring {
             self.world.processes = false;
             self.world.exec = false;
+            self.world.checkpoint = false;
             self.event(Event::Exited);
         }
     }
@@ -274,6 +288,7 @@ impl Model {
         let World { processes, frozen, watched, reclaiming, image, reports, .. } = self.world;
         assert!(reports <= 1, "the exit was reported {reports} times");
         assert!(!(self.state.sleeps() && self.world.exec), "an exec lives in a sleeping agent");
+        assert!(!(self.state.sleeps() && self.world.checkpoint), "asleep while a checkpoint is taken");
         match self.state {
             State::Checkpointed => assert!(image && !processes, "asleep without an image: {:?}", self.world),
             State::Stopped => {
@@ -334,6 +349,9 @@ proptest! {
             let slept = step(state, facts, Event::Sleep(Depth::Checkpointed));
             prop_assert_eq!(slept.is_ok(), live_execs == 0 && checkpoints == 0);
         }
+        // An agent that runs is paused when the checkpoint is over.
+        let paused = step(State::Running, facts, Event::Pause);
+        prop_assert_eq!(paused.is_ok(), checkpoints == 0);
     }
 }
 

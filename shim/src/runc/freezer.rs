@@ -43,8 +43,11 @@ impl RuncContainer {
         self.cgroup.procs().map_err(failed)
     }
 
-    /// Freezes it, and finds out what it waits for.
+    /// Freezes it, and finds out what it waits for. One that stands still since the last call is left as it is.
     pub(super) async fn stop(&self) -> Result<(), RuntimeError> {
+        if self.lock().frozen.examined.is_some() && self.cgroup.is_frozen().map_err(failed)? {
+            return Ok(());
+        }
         let before = self.look().await?;
         self.cgroup.freeze(FREEZE).await.map_err(failed)?;
         self.io.set_asleep(true);
@@ -123,8 +126,11 @@ impl RuncContainer {
         }
         self.end_watch();
         self.io.set_asleep(false);
-        self.lock().frozen.visit = None;
-        let reclaimed = std::mem::take(&mut self.lock().frozen.reclaimed);
+        let reclaimed = {
+            let frozen = &mut self.lock().frozen;
+            (frozen.visit, frozen.examined) = (None, None);
+            std::mem::take(&mut frozen.reclaimed)
+        };
         if reclaimed && self.options.prefetch_on_wake {
             self.prefetch();
         }

@@ -148,6 +148,12 @@ impl Shim {
         self.task.resume(&ctx(), request).await.map(drop)
     }
 
+    async fn checkpoint(&self, path: &str) -> ttrpc::Result<()> {
+        let path = path.to_owned();
+        let request = CheckpointTaskRequest { id: "c".to_owned(), path, ..Default::default() };
+        self.task.checkpoint(&ctx(), request).await.map(drop)
+    }
+
     /// The topics of the events so far, without their common prefix.
     fn topics(&mut self) -> Vec<String> {
         std::iter::from_fn(|| self.events.try_recv().ok())

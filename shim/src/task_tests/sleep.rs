@@ -69,6 +69,7 @@ macro_rules! beside {
     }};
 }
 
+mod checkpoints;
 mod probes;
 
 #[tokio::test]
@@ -392,12 +393,8 @@ async fn an_update_of_a_sleeping_agent_leaves_it_asleep() {
 
 #[tokio::test]
 async fn a_checkpoint_of_a_sleeping_agent_wakes_it_and_keeps_it_paused_if_it_was() {
-    let request = || {
-        let path = "/checkpoint".to_owned();
-        CheckpointTaskRequest { id: "c".to_owned(), path, ..Default::default() }
-    };
     let shim = Shim::asleep().await;
-    shim.task.checkpoint(&ctx(), request()).await.unwrap();
+    shim.checkpoint("/checkpoint").await.unwrap();
     assert_eq!(shim.fake.calls(), ["restore", "drop image", "checkpoint /checkpoint exit=false", "thaw"]);
     assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
 
@@ -405,19 +402,19 @@ async fn a_checkpoint_of_a_sleeping_agent_wakes_it_and_keeps_it_paused_if_it_was
         let shim = Shim::running().await;
         shim.sleep_at(depth).await.unwrap();
         shim.fake.calls();
-        shim.task.checkpoint(&ctx(), request()).await.unwrap();
+        shim.checkpoint("/checkpoint").await.unwrap();
         assert_eq!(shim.fake.calls(), ["thaw", "checkpoint /checkpoint exit=false", "thaw"]);
         assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
     }
 
     let shim = Shim::asleep().await;
-    let pause = PauseRequest { id: "c".to_owned(), ..Default::default() };
-    shim.task.pause(&ctx(), pause).await.unwrap();
-    shim.task.checkpoint(&ctx(), request()).await.unwrap();
-    assert_eq!(shim.fake.calls(), ["restore", "drop image", "freeze", "checkpoint /checkpoint exit=false"]);
+    shim.pause().await.unwrap();
+    shim.checkpoint("/checkpoint").await.unwrap();
+    // Also when CRIU has not left it frozen.
+    let calls = ["restore", "drop image", "freeze", "checkpoint /checkpoint exit=false", "freeze"];
+    assert_eq!(shim.fake.calls(), calls);
     assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_PAUSED);
-    let resume = ResumeRequest { id: "c".to_owned(), ..Default::default() };
-    shim.task.resume(&ctx(), resume).await.unwrap();
+    shim.resume().await.unwrap();
     assert_eq!(shim.inspect().await.state.unwrap(), WireState::STATE_RUNNING);
 }
 

@@ -49,6 +49,12 @@ enum Deferred {
     Demand { reply: Reply<()> },
 }
 
+/// A request that a checkpoint for a client keeps waiting.
+enum Postponed {
+    Pause { reply: Reply<()> },
+    Checkpoint { config: CheckpointConfig, reply: Reply<()> },
+}
+
 /// An exec that has not been started yet, is being started, or runs; [`ProcessView`] has the rest.
 enum Exec {
     Added(ExecConfig),
@@ -96,6 +102,7 @@ pub(super) struct Actor {
     /// Execs that are probes, by their ids.
     recordings: HashMap<String, Recording>,
     waiting: Vec<Deferred>,
+    postponed: Vec<Postponed>,
     start_reply: Option<Reply<u32>>,
     falling: Option<Falling>,
     waking: Option<Waking>,
@@ -138,6 +145,7 @@ impl Actor {
             probes,
             recordings: HashMap::new(),
             waiting: Vec::new(),
+            postponed: Vec::new(),
             start_reply: None,
             falling: None,
             waking: None,
@@ -206,11 +214,7 @@ impl Actor {
                     return std::ops::ControlFlow::Break(());
                 }
             }
-            Message::Pause { reply } => {
-                let paused = self.apply(Event::Pause).await;
-                self.paused_asleep = paused.is_ok() && self.state() == State::Checkpointed;
-                answer(reply, paused);
-            }
+            Message::Pause { reply } => self.pause(reply).await,
             Message::Resume { reply } => self.resume(reply).await,
             Message::Resize { exec_id, width, height, reply } => {
                 let resized = self.resize(exec_id, width, height);
@@ -477,6 +481,13 @@ impl Deferred {
             | Self::Demand { reply } => answer(reply, Err(error)),
             Self::Wake { reply } => answer(reply, Err(error)),
         }
+    }
+}
+
+impl Postponed {
+    fn fail(self, error: TaskError) {
+        let (Self::Pause { reply } | Self::Checkpoint { reply, .. }) = self;
+        answer(reply, Err(error));
     }
 }
 

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::{
     super::{Message, Phase, ProcessView, Reply},
-    Actor, Deferred, KILLED, SIGKILL, answer, task_exit,
+    Actor, Deferred, KILLED, Postponed, SIGKILL, answer, task_exit,
 };
 use crate::{
     error::TaskError,
@@ -17,6 +17,8 @@ use crate::{
     runtime::{CheckpointConfig, Process, ProcessExit, RuntimeError},
     wake::WakeCause,
 };
+
+const PAUSED: State = State::Frozen { by: FrozenBy::Client };
 
 impl Actor {
     pub(super) async fn start(&mut self, reply: Reply<u32>) {
@@ -137,12 +139,39 @@ impl Actor {
         });
     }
 
+    /// Pauses it, once no checkpoint is being taken: CRIU would undo the pause, or the pause keep CRIU from its end.
+    pub(super) async fn pause(&mut self, reply: Reply<()>) {
+        if self.checkpoints > 0 && self.state() == State::Running {
+            return self.postponed.push(Postponed::Pause { reply });
+        }
+        let paused = self.apply(Event::Pause).await;
+        self.paused_asleep = paused.is_ok() && self.state() == State::Checkpointed;
+        answer(reply, paused);
+    }
+
+    /// Refuses the pauses that wait for a checkpoint's end; whether there were any.
+    pub(super) fn call_off_pauses(&mut self) -> bool {
+        let (pauses, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.postponed)
+            .into_iter()
+            .partition(|postponed| matches!(postponed, Postponed::Pause { .. }));
+        self.postponed = others;
+        let any = !pauses.is_empty();
+        for pause in pauses {
+            pause.fail(self.refused(Refusal::Resumed));
+        }
+        any
+    }
+
     /// Takes a checkpoint for a client. It must be whole without this node, which the image that an agent sleeps in is
     /// not; so a sleeping one is woken for it. Also one that sleeps frozen: CRIU freezes the cgroup again at its end if it
     /// found it frozen, behind the back of whoever wakes the agent meanwhile.
     pub(super) async fn checkpoint(&mut self, config: CheckpointConfig, reply: Reply<()>) {
         match self.state() {
-            State::Running | State::Frozen { by: FrozenBy::Client } => {}
+            // Two at once would each take what the other does to the cgroup for how it was.
+            State::Running | PAUSED if self.checkpoints > 0 => {
+                return self.postponed.push(Postponed::Checkpoint { config, reply });
+            }
+            State::Running | PAUSED => {}
             State::Frozen { by: FrozenBy::Sleep }
             | State::Reclaiming
             | State::Reclaimed
@@ -174,12 +203,7 @@ impl Actor {
         reply: Reply<()>,
     ) {
         self.checkpoints -= 1;
-        // CRIU leaves the cgroup as it found it: frozen, if it was paused then and resumed since.
-        if self.state() == State::Running
-            && let Err(error) = self.runtime.thaw().await
-        {
-            warn!(id = %self.id, %error, "cannot see to it that it runs after a checkpoint");
-        }
+        self.put_freezer_right().await;
         if result.is_ok() {
             self.events.publish(TaskCheckpointed {
                 container_id: self.id.clone(),
@@ -188,5 +212,30 @@ impl Actor {
             });
         }
         answer(reply, result.map_err(|error| self.failed("cannot be checkpointed", error)));
+        for postponed in std::mem::take(&mut self.postponed) {
+            match postponed {
+                Postponed::Pause { reply } => self.pause(reply).await,
+                Postponed::Checkpoint { config, reply } => self.checkpoint(config, reply).await,
+            }
+        }
+    }
+
+    /// Makes the cgroup after a checkpoint what clients take it for. CRIU leaves it as it found it, so frozen if the agent
+    /// has been resumed since; and a CRIU that is killed leaves it thawed, also where the agent is paused.
+    async fn put_freezer_right(&mut self) {
+        match self.state() {
+            State::Running => {
+                if let Err(error) = self.runtime.thaw().await {
+                    warn!(id = %self.id, %error, "cannot see to it that it runs after a checkpoint");
+                }
+            }
+            PAUSED => {
+                if let Err(error) = self.runtime.freeze().await {
+                    warn!(id = %self.id, %error, "it is paused no longer: it could not be frozen after a checkpoint");
+                    self.note(Event::FreezeFailed).await;
+                }
+            }
+            _ => {}
+        }
     }
 }

@@ -26,7 +26,6 @@ fn froze(since: Instant) -> Transition {
 impl Actor {
     pub(super) async fn sleep(&mut self, depth: Depth, reply: Reply<Transition>) {
         let since = Instant::now();
-        // The dump's veto must exist before the dump begins; a refused sleep must not disturb one under way.
         if depth == Depth::Reclaimed
             && let Err(error) = self.runtime.can_reclaim()
         {
@@ -35,6 +34,7 @@ impl Actor {
                 Err(self.failed("its memory cannot be reclaimed, and it stays as it is", error)),
             );
         }
+        // The dump's veto must exist before the dump begins; a refused sleep must not disturb one under way.
         let fresh = self.falling.is_none();
         let deeper = self.state().sleeps();
         if fresh {
@@ -207,6 +207,10 @@ impl Actor {
     }
 
     pub(super) async fn resume(&mut self, reply: Reply<()>) {
+        // Whoever asked for a pause that has not come yet must not find it paused after this.
+        if self.call_off_pauses() {
+            return answer(reply, Ok(()));
+        }
         self.waiting.push(Deferred::Resume { reply });
         let resumed = self.apply_for(WakeCause::Resume, Event::Resume).await;
         self.unqueue_on(resumed);
@@ -327,6 +331,11 @@ impl Actor {
                 }
             };
             deferred.fail(error);
+        }
+        if ended {
+            for postponed in std::mem::take(&mut self.postponed) {
+                postponed.fail(self.refused(Refusal::Ended));
+            }
         }
     }
 }
