@@ -560,6 +560,11 @@ impl Notify<'_> {
             source,
         })?;
         tracing::debug!(again, "system calls that go on after the restore");
+        elapse::keep_periods(self.writer).map_err(|source| image::Error::Io {
+            action: "let timers go on in",
+            path: self.writer.path().to_owned(),
+            source,
+        })?;
         self.timers = Timers::read(self.writer, &self.options.waits)
             .inspect_err(|error| tracing::warn!(%error, "the timers of the image cannot be read"))
             .ok();

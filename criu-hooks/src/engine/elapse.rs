@@ -99,6 +99,25 @@ fn names(directory: rustix::fd::BorrowedFd<'_>) -> io::Result<Vec<String>> {
     entries.map(name).collect()
 }
 
+/// Sees to it that timer descriptors go on going off periodically that went off just before the dump.
+///
+/// # Errors
+/// When the image cannot be changed, and is of no use.
+pub(super) fn keep_periods(writer: &ImageWriter) -> io::Result<()> {
+    let file = restart::open(writer.images_dir(), FILES, OFlags::RDWR)?;
+    let bytes = match restart::read(&file) {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            tracing::warn!(%error, "timers that go off periodically may stop");
+            return Ok(());
+        }
+    };
+    match message::edited(&bytes, timers::FILES, timers::set_again) {
+        Some(bytes) => restart::replace(&file, &bytes),
+        None => Ok(()),
+    }
+}
+
 /// An edition of `image` in which the time since its dump has passed, where that matters. Without one its timers go on
 /// where they were: better than no wake.
 pub(super) async fn edition(image: &Image, timers: Option<&Timers>) -> Option<Edition> {

@@ -24,7 +24,7 @@ use crate::waits::{
 };
 
 /// The longest log that is searched, and the longest image of a thread that is changed, in bytes.
-const MAX: u64 = 1 << 20;
+const MAX: u64 = 64 << 20;
 /// The second word of the image of a thread.
 pub(super) const CORE: u32 = 0x5505_3847;
 /// The fields of an image of a thread: its part for x86, and in that its registers.
@@ -123,7 +123,13 @@ pub(super) fn open(directory: BorrowedFd<'_>, name: &str, flags: OFlags) -> io::
 
 pub(super) fn read(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    file.take(MAX).read_to_end(&mut bytes)?;
+    // A part of it may look whole.
+    if file.take(MAX + 1).read_to_end(&mut bytes)? as u64 > MAX {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("it has more than {} MiB", MAX >> 20),
+        ));
+    }
     Ok(bytes)
 }
 

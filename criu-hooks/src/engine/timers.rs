@@ -94,6 +94,26 @@ fn advance(value: Duration, interval: Duration, by: Duration) -> (Duration, u64)
     (Duration::from_nanos(rest), u64::try_from(over / period).unwrap_or(u64::MAX).saturating_add(1))
 }
 
+/// Sets a timer descriptor again that goes off periodically, and has gone off without having been read since: as one that
+/// is due after a whole period. The kernel tells that nothing remains of it, which CRIU would take for one that is not set.
+/// Says whether it has changed anything.
+pub(super) fn set_again(file: &mut Message) -> bool {
+    file.change(TIMER_DESCRIPTOR, |timer| {
+        let times = descriptor::TIMES;
+        let interval = times.interval(timer);
+        // One that is not set has not gone off either: to unset it forgets how often it did.
+        let went_off = timer.number(descriptor::TICKS).is_some_and(|ticks| ticks > 0);
+        if times.value(timer).is_some() || interval.is_zero() || !went_off {
+            return false;
+        }
+        times.set_value(timer, interval);
+        // A time from now, not a moment.
+        let flags = timer.number(descriptor::FLAGS).unwrap_or_default();
+        timer.set(descriptor::FLAGS, flags & !ABSOLUTE);
+        true
+    })
+}
+
 /// How long it is until each of the timer descriptors in the image of open files goes off.
 pub(super) fn of_files(image: &[u8]) -> Vec<Duration> {
     let files = message::records(image, FILES).unwrap_or_default();
@@ -210,6 +230,20 @@ mod tests {
         // One that is not set stays so.
         assert!(!elapse_file(&mut descriptor(1, 0, 0, 0), &slept(9)));
         assert!(!elapse_file(&mut Message::of(&[(1, 1)]), &slept(9)));
+    }
+
+    #[test]
+    fn a_period_that_is_over_and_was_not_read_is_followed_by_another() {
+        let mut file = descriptor(1, 1, 0, 5);
+        assert!(set_again(&mut file));
+        assert!(!set_again(&mut file), "it is set now");
+        assert_eq!(of_files(&message::image(FILES, std::slice::from_ref(&file))), [seconds(5)]);
+        assert_eq!(after(file, 12), [2 + 2, 0, 3, 0]);
+        // Without a period, or never gone off.
+        assert!(!set_again(&mut descriptor(1, 0, 0, 0)));
+        assert!(!set_again(&mut descriptor(1, 0, 60, 5)));
+        let unset = [(1, 3), (4, 1), (5, 0), (6, 0), (7, 0), (8, 0), (9, 5), (10, 0)];
+        assert!(!set_again(&mut Message::of(&[(1, 17)]).with(TIMER_DESCRIPTOR, &Message::of(&unset))));
     }
 
     #[test]
