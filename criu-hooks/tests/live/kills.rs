@@ -48,6 +48,28 @@ impl Spawner for Killer {
     }
 }
 
+/// Waits until something holds, however busy the machine is.
+async fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let begun = std::time::Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < Duration::from_mins(1), "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+impl Agent {
+    /// Forgets what it has said after a restore that failed: a CRIU that is killed just before it is to let go of the
+    /// processes lets them run for the moment until they are killed, and the image knows nothing of that.
+    fn undone(&mut self) {
+        self.rest();
+    }
+
+    /// Reads what it had said before it was dumped, after `last`.
+    fn catch_up(&mut self, last: u64) -> u64 {
+        last + u64::try_from(self.rest().lines().count()).unwrap()
+    }
+}
+
 /// Memory that takes a while to write, and a check that it is whole.
 const BALLAST: &str = "import time, os
 ballast = bytearray(os.urandom(1 << 20) * 256)
@@ -129,6 +151,7 @@ on_a_node!(criu_killed_in_the_middle_of_a_restore_leaves_nothing, async || {
     let mut agent = Agent::start("counter", &Setup::default());
     let last = agent.count_on(0, 5).await;
     agent.dump().await.unwrap();
+    let last = agent.catch_up(last);
     let before = Census::take();
     let mut broken_off = 0;
     for after in (0..30).step_by(2) {
@@ -140,14 +163,90 @@ on_a_node!(criu_killed_in_the_middle_of_a_restore_leaves_nothing, async || {
         broken_off += 1;
         assert!(matches!(error, RestoreError::Criu(_)), "after {after} ms: {error}");
         assert!(!agent.container.cgroup.populated().unwrap());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!(Census::take_as_init(), before, "after {after} ms");
+        eventually(&format!("a restore broken off after {after} ms to leave nothing"), || {
+            Census::take_as_init() == before
+        })
+        .await;
+        agent.undone();
     }
     assert!(broken_off >= 3, "only {broken_off} restores were broken off");
     if !procfs::alive(agent.pid) {
         agent.restore().await.unwrap();
     }
     agent.count_on(last, 10).await;
+    agent.delete();
+});
+
+/// Kills CRIU so long after the last word of a restore has been asked for, or right then.
+struct KillBeforeResume(Option<Duration>);
+
+#[async_trait::async_trait]
+impl RestoreHooks for KillBeforeResume {
+    async fn before_resume(&mut self, _: Pid) -> Result<(), HookError> {
+        let criu = children_called("criu")[0];
+        let kill = move || rustix::process::kill_process(criu, Signal::KILL);
+        match self.0 {
+            None => kill()?,
+            Some(after) => drop(std::thread::spawn(move || {
+                std::thread::sleep(after);
+                // It may have ended.
+                let _ = kill();
+            })),
+        }
+        Ok(())
+    }
+}
+
+impl Agent {
+    async fn restore_under(&mut self, kill: KillBeforeResume) -> Result<(), RestoreError> {
+        let image = self.image();
+        let (options, inherit) = (self.restore_options(), self.inherit(&image));
+        let mut hooks = kill;
+        let handover = inherit.into();
+        let restored =
+            self.engine.restore(NAMESPACE, &self.container, &image, &options, handover, &mut hooks).await?;
+        self.pid = restored.pid;
+        Ok(())
+    }
+}
+
+on_a_node!(criu_killed_before_it_lets_anything_run_is_a_restore_that_never_was, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let mut last = agent.count_on(0, 5).await;
+    for _ in 0..3 {
+        agent.dump().await.unwrap();
+        last = agent.catch_up(last);
+        let error = agent.restore_under(KillBeforeResume(None)).await.unwrap_err();
+        assert!(matches!(error, RestoreError::Criu(_)), "{error}");
+        assert!(!agent.container.cgroup.populated().unwrap());
+        assert_eq!(agent.rest(), "", "nothing has run");
+        agent.restore().await.unwrap();
+        last = agent.count_on(last, 5).await;
+        agent.image().remove().unwrap();
+    }
+    agent.delete();
+});
+
+on_a_node!(criu_killed_while_it_lets_the_agent_run_leaves_one_that_runs_or_none, async || {
+    let mut agent = Agent::start("counter", &Setup::default());
+    let mut last = agent.count_on(0, 5).await;
+    let (mut succeeded, mut failed) = (0, 0);
+    for after in (0..16_000).step_by(800).map(Duration::from_micros) {
+        agent.dump().await.unwrap();
+        last = agent.catch_up(last);
+        if agent.restore_under(KillBeforeResume(Some(after))).await.is_ok() {
+            succeeded += 1;
+        } else {
+            failed += 1;
+            assert!(!agent.container.cgroup.populated().unwrap(), "{after:?}");
+            agent.undone();
+            agent.restore().await.unwrap();
+        }
+        agent.assert_running();
+        last = agent.count_on(last, 3).await;
+        agent.image().remove().unwrap();
+    }
+    println!("{succeeded} restores had succeeded when CRIU was killed, {failed} had not");
     agent.delete();
 });
 
@@ -186,6 +285,7 @@ on_a_node!(a_restore_given_up_at_any_moment_leaves_nothing, async || {
     let mut agent = Agent::start("counter", &Setup::default());
     let last = agent.count_on(0, 5).await;
     agent.dump().await.unwrap();
+    let last = agent.catch_up(last);
     let before = Census::take();
     let mut given_up = 0;
     for after in (0..40).step_by(2) {
@@ -193,9 +293,12 @@ on_a_node!(a_restore_given_up_at_any_moment_leaves_nothing, async || {
             break;
         }
         given_up += 1;
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        assert!(!agent.container.cgroup.populated().unwrap(), "after {after} ms");
-        assert_eq!(Census::take_as_init(), before, "after {after} ms");
+        // It is cleaned up in the background.
+        eventually(&format!("a restore given up after {after} ms to leave nothing"), || {
+            !agent.container.cgroup.populated().unwrap() && Census::take_as_init() == before
+        })
+        .await;
+        agent.undone();
     }
     assert!(given_up >= 3, "only {given_up} restores were given up");
     if !procfs::alive(agent.pid) {
@@ -288,6 +391,7 @@ on_a_node!(a_restore_that_fails_late_loses_no_deleted_file_that_has_another_name
     let mut agent = Agent::start("linked", &Setup { args: &args, whole_root: true, ..Setup::default() });
     let last = agent.count_on(0, 5).await;
     agent.dump().await.unwrap();
+    let last = agent.catch_up(last);
     let tmp = agent.container.rootfs.join("tmp");
     let asleep = names_in(&tmp);
     assert!(asleep.iter().any(|name| is_link(name)), "{asleep:?}");
@@ -311,6 +415,7 @@ on_a_node!(a_restore_that_fails_late_loses_no_deleted_file_that_has_another_name
             break;
         }
         assert_eq!(names_in(&tmp), asleep, "after {after} ms");
+        agent.undone();
     }
     if !procfs::alive(agent.pid) {
         agent.restore().await.unwrap();
