@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -28,6 +28,9 @@ pub const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// How long output may still trickle in once a command has ended: its orphans may hold the pipes for ever.
 const TRICKLE: Duration = Duration::from_millis(500);
+
+/// How long what was written by then is waited for: the thread that collects it may not get its turn.
+const COLLECTED: Duration = Duration::from_secs(10);
 
 /// How a command ended, and what it printed.
 #[derive(Debug, Clone)]
@@ -218,7 +221,7 @@ impl NodeCommand {
         let stdout = Capture::default();
         let stderr = Capture::default();
         let input = if let Some(master) = terminal {
-            stdout.fill_from(File::from(master.try_clone().doing(doing)?));
+            stdout.fill_from(master.try_clone().doing(doing)?);
             stderr.close();
             Input::Terminal(master)
         } else {
@@ -428,6 +431,16 @@ struct Capture(Arc<(Mutex<Captured>, Condvar)>);
 struct Captured {
     bytes: Vec<u8>,
     closed: bool,
+    source: Option<Arc<OwnedFd>>,
+}
+
+impl Captured {
+    /// Whether more has been written than was collected.
+    fn has_more(&self) -> bool {
+        let Some(source) = &self.source else { return false };
+        let mut polled = [PollFd::new(source, PollFlags::IN)];
+        poll(&mut polled, Some(&Timespec::default())).is_ok() && polled[0].revents().contains(PollFlags::IN)
+    }
 }
 
 impl Capture {
@@ -445,23 +458,35 @@ impl Capture {
     }
 
     fn wait_closed(&self, timeout: Duration) {
-        let deadline = Instant::now() + timeout;
+        let begun = Instant::now();
         let mut state = self.lock();
-        while !state.closed && Instant::now() < deadline {
-            state = self.changed(state, deadline.saturating_duration_since(Instant::now()));
+        while !state.closed
+            && (begun.elapsed() < timeout || (state.has_more() && begun.elapsed() < scaled(COLLECTED)))
+        {
+            state = self.changed(state, TRICKLE / 10);
         }
     }
 
-    fn fill_from(&self, mut source: impl Read + Send + 'static) {
+    fn fill_from(&self, source: impl Into<OwnedFd>) {
         let capture = self.clone();
+        let source = Arc::new(source.into());
+        self.lock().source = Some(Arc::clone(&source));
         thread::spawn(move || {
             let mut buffer = vec![0; 64 << 10];
-            // A terminal whose other end is closed gives an error, not an end.
-            while let Ok(count @ 1..) = source.read(&mut buffer) {
-                capture.lock().bytes.extend_from_slice(&buffer[..count]);
+            loop {
+                // Read with the lock held: what is not in the pipe any more is among the bytes.
+                let _ = poll(&mut [PollFd::new(&source, PollFlags::IN)], None);
+                let mut state = capture.lock();
+                // A terminal whose other end is closed gives an error, not an end.
+                let Ok(count @ 1..) = rustix::io::read(&source, &mut buffer) else {
+                    (state.closed, state.source) = (true, None);
+                    break;
+                };
+                state.bytes.extend_from_slice(&buffer[..count]);
+                drop(state);
                 capture.0.1.notify_all();
             }
-            capture.close();
+            capture.0.1.notify_all();
         });
     }
 }
