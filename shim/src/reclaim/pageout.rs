@@ -73,6 +73,11 @@ fn area(line: &str) -> Option<(usize, usize, &str)> {
     (start < end && !rest.starts_with("---")).then_some((start, end, rest))
 }
 
+/// Whether a file of a process could not be opened, or read, because the process has ended.
+fn has_ended(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || Errno::from_io_error(error) == Some(Errno::SRCH)
+}
+
 /// Gives `advice` about each area of each process, as long as it may go on.
 fn each(
     processes: &[Pid],
@@ -87,7 +92,11 @@ fn each(
             Err(Errno::SRCH) => continue,
             Err(error) => return Err(failed(error.into())),
         };
-        let maps = fs::read_to_string(format!("/proc/{process}/maps")).map_err(failed)?;
+        let maps = match fs::read_to_string(format!("/proc/{process}/maps")) {
+            Ok(maps) => maps,
+            Err(error) if has_ended(&error) => continue,
+            Err(error) => return Err(failed(error)),
+        };
         for area in areas(&maps) {
             if !goes_on()? {
                 return Ok(());
@@ -154,10 +163,14 @@ mod tests {
 
     #[test]
     fn a_process_that_has_ended_holds_nothing() {
-        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let child = std::process::Command::new("true").spawn().unwrap();
         let pid = Pid::from_child(&child);
-        // The reaper of other tests may have been there first: it has ended either way.
-        let _ = child.wait();
+        // Again and again while it ends. It may be reaped by the reaper that other tests of this process start.
+        let proc = format!("/proc/{pid}");
+        while std::path::Path::new(&proc).exists() {
+            prefetch(&[pid]).unwrap();
+            let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::NOHANG);
+        }
         prefetch(&[pid]).unwrap();
     }
 
