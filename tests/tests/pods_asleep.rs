@@ -459,19 +459,32 @@ fn a_pod_that_cannot_sleep_as_deep_as_asked_stays_awake_or_sleeps_as_deep_as_it_
     let pod = spec("shallow").container(agent("agent")).container(agent("worker").env("PORT", &8081));
     let pod = kubelet.run(pod).unwrap();
     pod.wait_healthy(8080).unwrap();
+    pod.wait_healthy(8081).unwrap();
     let both = ["agent", "worker"];
-    let reclaim =
-        |more: &[&str]| agentcube(&node, pod.sandbox(), &[&["sleep", "--depth", "reclaimed"], more].concat());
-    let refused = reclaim(&[]).unwrap_err();
-    assert!(refused.contains("nothing to reclaim to"), "{refused}");
-    assert_awake(&node, &pod, &both);
     let sleeps = || {
         both.map(|name| {
             agentcube(&node, &pod.id(name).unwrap(), &["inspect"]).unwrap()["container"]["sleeps"].as_u64()
         })
     };
-    let before = sleeps();
-    reclaim(&["--or-shallower"]).unwrap();
+    // One of them may still be at work. Gives back how often they had slept before, too.
+    let reclaim = |more: &[&str]| {
+        let words = [&["sleep", "--depth", "reclaimed"], more].concat();
+        let mut outcome = None;
+        node.wait_until("nothing of the pod to be at work", SOON, || {
+            let before = sleeps();
+            let answer = agentcube(&node, pod.sandbox(), &words);
+            let at_work = answer.as_ref().is_err_and(|error| error.contains("at work"));
+            outcome = Some((before, answer));
+            Ok(!at_work)
+        })
+        .unwrap();
+        outcome.unwrap()
+    };
+    let refused = reclaim(&[]).1.unwrap_err();
+    assert!(refused.contains("nothing to reclaim to"), "{refused}");
+    assert_awake(&node, &pod, &both);
+    let (before, slept) = reclaim(&["--or-shallower"]);
+    slept.unwrap();
     assert_asleep(&node, &pod, &both, "frozen");
     // From there it is deepened without a wake, and asked again it is as it should be.
     sleep_at(&node, &pod, "checkpointed");

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{super::Message, Actor};
 use crate::{
@@ -64,7 +64,7 @@ impl Actor {
         let over = *probe.over.get_or_insert_with(Instant::now);
         let took = probe.since.elapsed();
         if !alone {
-            debug!(id = %self.id, ms = took.as_millis(), "something else came with a probe, or it took too long");
+            info!(id = %self.id, ms = took.as_millis(), "something else came with a probe, or it took too long");
             return self.woken_by_probe().await;
         }
         match self.apply(Event::ProbeOver).await {
@@ -78,7 +78,7 @@ impl Actor {
                 self.await_probe(AT_WORK);
             }
             Err(error) => {
-                debug!(id = %self.id, %error, "a probe was more than that");
+                info!(id = %self.id, %error, ms = took.as_millis(), "a probe was more than that");
                 self.woken_by_probe().await;
             }
         }
