@@ -17,7 +17,8 @@ use std::{
 use rustix::{fs::OFlags, process::Pid, time::ClockId};
 
 use super::{
-    message, restart,
+    message::{self, Message},
+    restart,
     timers::{self, Elapsed},
 };
 use crate::{
@@ -99,23 +100,25 @@ fn names(directory: rustix::fd::BorrowedFd<'_>) -> io::Result<Vec<String>> {
     entries.map(name).collect()
 }
 
-/// Sees to it that timer descriptors go on going off periodically that went off just before the dump.
+/// Sees to it that timers go on going off periodically that went off just before the dump.
 ///
 /// # Errors
 /// When the image cannot be changed, and is of no use.
 pub(super) fn keep_periods(writer: &ImageWriter) -> io::Result<()> {
-    let file = restart::open(writer.images_dir(), FILES, OFlags::RDWR)?;
-    let bytes = match restart::read(&file) {
-        Ok(bytes) => bytes,
-        Err(error) => {
-            tracing::warn!(%error, "timers that go off periodically may stop");
-            return Ok(());
+    for name in names(writer.images_dir())? {
+        let (magic, set_again): (_, fn(&mut Message) -> bool) = match name.as_str() {
+            FILES => (timers::FILES, timers::set_again),
+            core if is_core(core) => (restart::CORE, timers::set_process_again),
+            _ => continue,
+        };
+        let file = restart::open(writer.images_dir(), &name, OFlags::RDWR)?;
+        match restart::read(&file).map(|bytes| message::edited(&bytes, magic, set_again)) {
+            Ok(Some(bytes)) => restart::replace(&file, &bytes)?,
+            Ok(None) => {}
+            Err(error) => tracing::warn!(name, %error, "timers that go off periodically may stop"),
         }
-    };
-    match message::edited(&bytes, timers::FILES, timers::set_again) {
-        Some(bytes) => restart::replace(&file, &bytes),
-        None => Ok(()),
     }
+    Ok(())
 }
 
 /// An edition of `image` in which the time since its dump has passed, where that matters. Without one its timers go on

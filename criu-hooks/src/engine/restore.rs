@@ -390,6 +390,9 @@ impl Engine {
         }
         let answered = match outcome {
             Ok(answered) => answered.map(|answer| Pid::from_raw(answer.restore.pid())),
+            Err(_elapsed) if attempt.resumed => {
+                Err(criu::Error::Protocol(format!("none within {} s", options.timeout.as_secs())))
+            }
             Err(_elapsed) => {
                 let reason = criu::log::read_reason(image.work_dir(), LOG).unwrap_or_default();
                 return Err(RestoreError::Timeout { after: options.timeout, reason });
@@ -588,7 +591,8 @@ struct Attempt {
     fill: Option<Fill>,
     /// The first process, once there is one.
     created: Option<Pid>,
-    /// CRIU's work was done, and it was about to let the processes go.
+    /// CRIU's work was done, and it was about to let the processes go. All of them stand still at the end of their restore
+    /// then, so they go on also when CRIU ends: the kernel lets go of them as CRIU would.
     resumed: bool,
     failed: bool,
     in_background: bool,

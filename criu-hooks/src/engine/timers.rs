@@ -114,6 +114,23 @@ pub(super) fn set_again(file: &mut Message) -> bool {
     })
 }
 
+/// As [`set_again`], for ITIMER_REAL in the image of a process, of which the signal was not taken. One that is not set has
+/// no period.
+pub(super) fn set_process_again(core: &mut Message) -> bool {
+    core.change(TASK, |task| {
+        task.change(TIMERS, |timers| {
+            timers.change(ITIMER_REAL, |timer| {
+                let interval = ITIMER.interval(timer);
+                let stands = ITIMER.value(timer).is_none() && !interval.is_zero();
+                if stands {
+                    ITIMER.set_value(timer, interval);
+                }
+                stands
+            })
+        })
+    })
+}
+
 /// How long it is until each of the timer descriptors in the image of open files goes off.
 pub(super) fn of_files(image: &[u8]) -> Vec<Duration> {
     let files = message::records(image, FILES).unwrap_or_default();
@@ -244,6 +261,24 @@ mod tests {
         assert!(!set_again(&mut descriptor(1, 0, 60, 5)));
         let unset = [(1, 3), (4, 1), (5, 0), (6, 0), (7, 0), (8, 0), (9, 5), (10, 0)];
         assert!(!set_again(&mut Message::of(&[(1, 17)]).with(TIMER_DESCRIPTOR, &Message::of(&unset))));
+    }
+
+    #[test]
+    fn an_interval_timer_whose_signal_was_not_taken_goes_on() {
+        let itimer = |interval, left| {
+            let timer = Message::of(&[(1, interval), (2, 0), (3, left), (4, 0)]);
+            message::image(
+                super::super::restart::CORE,
+                &[Message::of(&[(1, 1)]).with(
+                    TASK,
+                    &Message::of(&[(1, 1)]).with(TIMERS, &Message::of(&[]).with(ITIMER_REAL, &timer)),
+                )],
+            )
+        };
+        let again = |image: &[u8]| message::edited(image, super::super::restart::CORE, set_process_again);
+        assert_eq!(of_process(&again(&itimer(5, 0)).unwrap()), [seconds(5)]);
+        assert!(again(&itimer(5, 2)).is_none());
+        assert!(again(&itimer(0, 0)).is_none());
     }
 
     #[test]
