@@ -12,7 +12,7 @@ use std::time::Duration;
 use agentcube_tests::images::Image;
 use agentcube_tests::node::{Agent, Net, Node, Runtime};
 use agentcube_tests::skipped;
-use containerd_shim::protos::api::UpdateTaskRequest;
+use containerd_shim::protos::api::{CheckpointTaskRequest, UpdateTaskRequest};
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use cycle::{
     SOON, agent, agentcube, assert_asleep, cgroup, counts_on, host_pids, inspect, patience, running, script,
@@ -388,6 +388,31 @@ fn a_checkpoint_for_a_client_is_a_whole_image_and_leaves_the_agent_as_it_was() {
     sleep(&node, &agent);
     wake(&node, &agent);
     assert_eq!(agent.chat("and again").unwrap().turn, 3);
+}
+
+#[test]
+fn a_pause_in_the_middle_of_a_clients_checkpoint_holds_after_it() {
+    let node = start();
+    let agent = node.run_agent(&agent(Image::Python, "a").env("BALLAST_MIB", &64)).unwrap();
+    agent.wait_healthy().unwrap();
+    let task = |verb: &str| agent.ctr(&["task", verb, "a"]).unwrap().check().unwrap();
+    for delay in [0, 30, 60, 120, 240, 480] {
+        thread::scope(|scope| {
+            let taking = scope.spawn(|| {
+                let path = format!("/run/checkpoint-{delay}");
+                let request = CheckpointTaskRequest { id: agent.id().into(), path, ..Default::default() };
+                shim(&node, &agent, async |task| task.checkpoint(patience(), &request).await).unwrap();
+            });
+            thread::sleep(Duration::from_millis(delay));
+            task("pause");
+            taking.join().unwrap();
+        });
+        assert_eq!(agent.task().unwrap().unwrap().1, "PAUSED", "after {delay} ms");
+        assert!(frozen(&node, &agent), "after {delay} ms");
+        task("resume");
+        running(&agent);
+        assert_eq!(agent.turn().unwrap(), 0);
+    }
 }
 
 fn update(node: &Node, agent: &Agent, resources: &Value) {
