@@ -3,11 +3,11 @@
 use std::{
     io,
     os::fd::OwnedFd,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use criu_hooks::waits;
+use criu_hooks::{readiness, waits};
 use rustix::time::{
     ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
@@ -77,9 +77,12 @@ impl Alarm {
     pub fn new() -> io::Result<Alarm> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Boottime, flags)?;
-        // SAFETY: an owned descriptor stays open, and the same, until the registration that owns it is dropped.
-        let timer = unsafe { AsyncFd::register_with_interest(timer, Interest::READABLE) }?;
+        let timer = readiness::watch(timer, Interest::READABLE)?;
         Ok(Alarm { timer, state: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets it ring in so long.
@@ -94,13 +97,13 @@ impl Alarm {
         };
         let once = Itimerspec { it_interval: Timespec::default(), it_value: value };
         timerfd_settime(self.timer.get_ref(), TimerfdTimerFlags::ABSTIME, &once)?;
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).at = Some(at);
+        self.lock().at = Some(at);
         Ok(())
     }
 
     /// Whether it has rung, or rings.
     fn is_due(&self) -> bool {
-        let at = self.state.lock().unwrap_or_else(PoisonError::into_inner).at;
+        let at = self.lock().at;
         at.is_some_and(|at| at <= waits::now(ClockId::Boottime))
     }
 
@@ -121,7 +124,7 @@ impl Alarm {
             return;
         }
         let pause = {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.lock();
             state.pause = (state.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
             state.pause
         };

@@ -163,15 +163,16 @@ mod tests {
 
     #[test]
     fn a_process_that_has_ended_holds_nothing() {
-        let child = std::process::Command::new("true").spawn().unwrap();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = Pid::from_child(&child);
         // Again and again while it ends. It may be reaped by the reaper that other tests of this process start.
         let proc = format!("/proc/{pid}");
         while std::path::Path::new(&proc).exists() {
             prefetch(&[pid]).unwrap();
-            let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::NOHANG);
+            let _ = child.try_wait();
         }
         prefetch(&[pid]).unwrap();
+        let _ = child.wait();
     }
 
     #[test]

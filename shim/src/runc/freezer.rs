@@ -9,7 +9,7 @@ use criu_hooks::waits::TimedWait;
 use rustix::process::Pid;
 use tracing::warn;
 
-use super::{FREEZE, RuncContainer, failed, precondition};
+use super::{FREEZE, RuncContainer, blocking, failed, precondition};
 use crate::{
     reclaim::{self, Limit},
     runtime::{ReclaimReport, RuntimeError, Veto},
@@ -29,13 +29,6 @@ pub(super) struct Frozen {
     pub(super) visit: Option<Visit>,
     /// Its memory has been pushed out, as far as it went.
     reclaimed: bool,
-}
-
-/// Runs what blocks beside the shim's only thread.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, RuntimeError> {
-    tokio::task::spawn_blocking(work).await.map_err(failed)
 }
 
 impl RuncContainer {

@@ -10,7 +10,7 @@ use criu_hooks::{
 };
 use rustix::process::Pid;
 
-use super::{RuncContainer, failed, precondition};
+use super::{RuncContainer, blocking, precondition};
 use crate::{
     lifecycle::Depth,
     runtime::{Reason, Reasons, RuntimeError},
@@ -80,8 +80,8 @@ impl RuncContainer {
         init: Pid,
     ) -> Result<Inspection, RuntimeError> {
         let (container, policy) = (container.clone(), self.options.connection_policy());
-        let looked = tokio::task::spawn_blocking(move || inspect::inspect(&container, init, policy)).await;
-        let mut seen = looked.map_err(failed)?.map_err(precondition)?;
+        let looked = blocking(move || inspect::inspect(&container, init, policy)).await?;
+        let mut seen = looked.map_err(precondition)?;
         if self.cgroup.is_frozen().unwrap_or(false) {
             let now = Instant::now();
             let waits = self.timed_waits().into_iter().map(|wait| wait.until.saturating_duration_since(now));
@@ -95,12 +95,16 @@ impl RuncContainer {
     /// Refuses a dump for what a look has shown.
     pub(super) fn admit(&self, seen: &Inspection) -> Result<(), RuntimeError> {
         let mut reasons: Vec<String> = seen.blockers.iter().map(ToString::to_string).collect();
-        let rebuff = self.lock().rebuff.clone();
-        reasons.extend(rebuff.and_then(|rebuff| rebuff.stands(seen.fingerprint, Instant::now())));
+        reasons.extend(self.rebuffed(seen));
         if reasons.is_empty() {
             return Ok(());
         }
         Err(precondition(format!("it cannot be checkpointed now: {}", reasons.join("; "))))
+    }
+
+    /// Why it is not worth a try, if CRIU could not dump it as it is.
+    fn rebuffed(&self, seen: &Inspection) -> Option<String> {
+        self.lock().rebuff.as_ref()?.stands(seen.fingerprint, Instant::now())
     }
 
     /// Takes note of a dump that CRIU could not make, and of one that it could.
@@ -121,9 +125,7 @@ impl RuncContainer {
             .iter()
             .map(|blocker| Reason { kind: blocker.kind().to_owned(), text: blocker.to_string() })
             .collect();
-        let rebuff = self.lock().rebuff.clone();
-        let rebuff = rebuff.and_then(|rebuff| rebuff.stands(seen.fingerprint, Instant::now()));
-        reasons.extend(rebuff.map(|text| Reason { kind: "criu".to_owned(), text }));
+        reasons.extend(self.rebuffed(&seen).map(|text| Reason { kind: "criu".to_owned(), text }));
         if self.options.systemd_cgroup {
             reasons.push(Reason { kind: "systemd".to_owned(), text: super::sleep::SYSTEMD.to_owned() });
         }

@@ -154,6 +154,11 @@ fn precondition(error: impl std::fmt::Display) -> RuntimeError {
     RuntimeError::FailedPrecondition(error.to_string())
 }
 
+/// Runs what blocks beside the shim's only thread.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, RuntimeError> {
+    tokio::task::spawn_blocking(work).await.map_err(failed)
+}
+
 /// Whether the processes of `spec` have ids of their own, so that the kernel ends them with the first.
 fn has_own_pid_namespace(spec: &Spec) -> bool {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
@@ -310,10 +315,8 @@ impl Runtime for RuncContainer {
             limits::settings(resources).map_err(|error| RuntimeError::InvalidArgument(error.to_string()))?;
         // To lower a memory limit the kernel reclaims, and takes its time.
         let cgroup = self.cgroup.path().to_owned();
-        let apply = async {
-            let applied = tokio::task::spawn_blocking(move || limits::apply(&cgroup, &settings)).await;
-            applied.map_err(failed)?.map_err(precondition)
-        };
+        let apply =
+            async { blocking(move || limits::apply(&cgroup, &settings)).await?.map_err(precondition) };
         self.updates.past_runc(resources.clone(), apply).await
     }
 
@@ -456,14 +459,14 @@ impl Runtime for RuncContainer {
         self.await_end_of_fill().await;
         let (root, namespace, id) = (self.options.image_dir.clone(), self.namespace.clone(), self.id.clone());
         let bundle = self.bundle.clone();
-        let removed = tokio::task::spawn_blocking(move || {
+        let removed = blocking(move || {
             // A store in trouble must not keep the container from being deleted, and its pod from ending.
             if let Err(error) = sleep::remove_images(&root, &namespace, &id) {
                 warn!(%id, %error, "images stay on the disk");
             }
             rootfs::unmount(&bundle)
         });
-        removed.await.map_err(failed)?.map_err(failed)?;
+        removed.await?.map_err(failed)?;
         info!(id = %self.id, "deleted");
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tracing::{debug, warn};
 
-use super::{RuncContainer, failed, freezer::blocking};
+use super::{RuncContainer, blocking, failed};
 use crate::{
     runtime::RuntimeError,
     traffic::{Progress, Visit},

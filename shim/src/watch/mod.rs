@@ -20,10 +20,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use criu_hooks::waits::{
-    self, TimedWait,
-    calls::{self, Call, RESTART, Unclear, Until, Wait},
-    threads::{self, Space, Thread},
+use criu_hooks::{
+    readiness,
+    waits::{
+        self, TimedWait,
+        calls::{self, Call, RESTART, Unclear, Until, Wait},
+        threads::{self, Space, Thread},
+    },
 };
 use rustix::{io::Errno, process::Pid, time::ClockId};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -359,8 +362,7 @@ impl Watch {
     pub fn begin(prepared: Prepared) -> io::Result<Watch> {
         let Prepared { duplicates, deadline, listeners } = prepared;
         let epoll = duplicates.epoll.try_clone()?;
-        // SAFETY: an owned descriptor stays open, and the same, until the registration that owns it is dropped.
-        let ready = unsafe { AsyncFd::register_with_interest(epoll, Interest::READABLE) }?;
+        let ready = readiness::watch(epoll, Interest::READABLE)?;
         Ok(Watch { ready, duplicates, deadline, listeners })
     }
 
