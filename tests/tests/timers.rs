@@ -299,6 +299,47 @@ fn a_wake_that_fails_is_tried_again_and_no_time_counts_twice() {
     });
 }
 
+/// Works for 50 ms whenever its child says so, each 200 ms, and waits in between until a moment five seconds after the last.
+const BURSTS: &str = r"
+import os, select, time
+tick, say = os.pipe()
+if os.fork() == 0:
+    while True:
+        time.sleep(0.2)
+        os.write(say, b'.')
+epoll = select.epoll()
+epoll.register(tick, select.EPOLLIN)
+due = time.monotonic() + 5
+print('ready', flush=True)
+while True:
+    if epoll.poll(max(due - time.monotonic(), 0)):
+        os.read(tick, 4096)
+        end = time.monotonic() + 0.05
+        while time.monotonic() < end:
+            pass
+    if time.monotonic() >= due:
+        due = time.monotonic() + 5
+        os.write(1, b'due\n')
+";
+
+#[test]
+fn an_agent_that_works_in_bursts_is_woken_for_the_timer_that_it_waits_for_in_between() {
+    let node = start_with("timer_horizon_seconds = 1\n");
+    let agent = run(&node, &python("bursts").args(&["python3", "-u", "-c", BURSTS]));
+    let came = || Ok::<_, agentcube_tests::node::NodeError>(agent.log()?.matches("due").count());
+    for cycle in 1..=5 {
+        let before = came().unwrap();
+        node.wait_until("the timer to come", SOON, || Ok(came()? > before)).unwrap();
+        // Wherever it is in its burst.
+        thread::sleep(Duration::from_millis(40 * cycle));
+        let before = came().unwrap();
+        sleep(&node, "bursts");
+        assert!(is_asleep(&node, "bursts"), "{:#}", inspect(&node, "bursts"));
+        assert_eq!(woken_by_timer(&node, "bursts")["wakes"], cycle);
+        node.wait_until("the timer to come", SOON, || Ok(came()? > before)).unwrap();
+    }
+}
+
 #[test]
 fn an_agent_that_polls_is_left_asleep_unless_each_timer_is_to_wake_it() {
     let node = start_with("");

@@ -25,7 +25,7 @@ use rustix::{process::Pid, time::ClockId};
 use tracing::{info, warn};
 
 use super::{
-    Ahead, FREEZE, ImageKind, RuncContainer, SleepImage, failed, precondition,
+    Ahead, FREEZE, ImageKind, RuncContainer, SleepImage, blocking, failed, precondition,
     process::{self, ProcessHandle},
     state_file,
 };
@@ -50,6 +50,8 @@ pub(super) const SYSTEMD: &str = "with systemd_cgroup the container's scope woul
 
 /// How long CRIU may take, whatever the size.
 const LEAST_TIME: Duration = Duration::from_mins(1);
+/// How long an agent that is at work is given to come to its next wait.
+const AT_WORK: Duration = Duration::from_millis(300);
 /// How long a pager may take to see that its container has ended.
 const FILL_END: Duration = Duration::from_secs(2);
 /// How long each look at a frozen container may take.
@@ -246,11 +248,8 @@ impl RuncContainer {
         if veto.is_raised() {
             return Err(RuntimeError::Vetoed);
         }
-        // One that slept frozen was looked at when it fell asleep.
-        let before = before.filter(|_| !self.cgroup.is_frozen().unwrap_or(false));
-        let frozen = Instant::now();
         // Nothing may be thawed again after this: the streams are as they are from here on.
-        container.freeze(FREEZE).await.map_err(precondition)?;
+        let frozen = self.freeze_between_work(&container, before, &veto).await?;
         let pids = self.cgroup.procs().map_err(failed)?;
         let listeners = while_frozen(&veto, self.listeners(init, &pids)).await?;
         let objections = Objections { veto, listeners };
@@ -258,9 +257,6 @@ impl RuncContainer {
             return Err(RuntimeError::Vetoed);
         }
         let veto = &objections.veto;
-        if let Some(before) = before {
-            while_frozen(veto, self.examine_waits(before.clone())).await?;
-        }
         let seen = while_frozen(veto, self.inspection(&container, init)).await?;
         self.admit(&seen)?;
         let alarm = Alarm::new().map_err(failed)?;
@@ -342,22 +338,41 @@ impl RuncContainer {
         Ok(())
     }
 
-    /// Finds out how long the frozen agent waits, for its timers.
-    async fn examine_waits(&self, before: Before) -> Result<(), RuntimeError> {
-        match self.examine(before).await? {
-            // Whether it has something to do matters only where it is to sleep no longer than it would wait.
-            Err(busy @ watch::Error::Busy(_)) if self.options.timer_policy() == timers::Policy::Wake => {
-                Err(RuntimeError::Busy(busy.to_string()))
+    /// Freezes it, in a moment in which each of its threads waits if there soon is one: of a thread that is at work it is not
+    /// known until when it would wait next. Gives back since when it stands still. `before` is how it was a while ago.
+    async fn freeze_between_work(
+        &self,
+        container: &Container,
+        before: Option<&Before>,
+        veto: &Veto,
+    ) -> Result<Instant, RuntimeError> {
+        // One that sleeps frozen was looked at when it fell asleep.
+        let asleep = self.cgroup.is_frozen().unwrap_or(false);
+        let policy = self.options.timer_policy();
+        let begun = Instant::now();
+        loop {
+            // Without a look of this moment the earlier one must do: only its timers are not known as well then.
+            let before = if asleep { None } else { self.look().await.ok().or_else(|| before.cloned()) };
+            let frozen = Instant::now();
+            container.freeze(FREEZE).await.map_err(precondition)?;
+            let Some(before) = before else { return Ok(frozen) };
+            match while_frozen(veto, self.examine(before)).await? {
+                Err(watch::Error::Busy(_)) if policy.counts() && begun.elapsed() < AT_WORK => {}
+                // That it has something to do matters only where it is to sleep no longer than it would wait.
+                Err(busy @ watch::Error::Busy(_)) if policy == timers::Policy::Wake => {
+                    return Err(RuntimeError::Busy(busy.to_string()));
+                }
+                _ => return Ok(frozen),
             }
-            _ => Ok(()),
+            self.cgroup.thaw().await.map_err(failed)?;
+            veto.unless_raised(tokio::time::sleep(AT_WORK / 10)).await?;
         }
     }
 
     /// Takes hold of the sockets by which the frozen agent is reached.
     async fn listeners(&self, init: Pid, pids: &[Pid]) -> Result<Listeners, RuntimeError> {
         let (pids, probes) = (pids.to_owned(), self.options.answered_probes());
-        let taken = tokio::task::spawn_blocking(move || Listeners::duplicate(init, &pids, probes)).await;
-        taken.map_err(failed)?.map_err(precondition)
+        blocking(move || Listeners::duplicate(init, &pids, probes)).await?.map_err(precondition)
     }
 
     /// Sets the alarm for the first of its timers that is to wake it.
@@ -442,12 +457,12 @@ impl RuncContainer {
     /// A new image on the disk, without what earlier failures have left.
     async fn begin_image(&self) -> Result<ImageWriter, RuntimeError> {
         let (root, namespace, id) = (self.options.image_dir.clone(), self.namespace.clone(), self.id.clone());
-        let begun = tokio::task::spawn_blocking(move || {
+        let begun = blocking(move || {
             let store = Store::open(&root)?;
             store.sweep_incomplete(&namespace, &id)?;
             store.begin(&namespace, &id, None)
         });
-        begun.await.map_err(failed)?.map_err(|error| store_error(&error))
+        begun.await?.map_err(|error| store_error(&error))
     }
 
     pub(super) async fn wake_up(&self) -> Result<Restored, RuntimeError> {
