@@ -13,6 +13,7 @@ use agentcube_tests::kubelet::{
     ContainerSpec, Kubelet, Pod, PodSpec, Probe, Report, Seen, Streams, lines, parse_log,
 };
 use agentcube_tests::node::{Node, Runtime};
+use agentcube_tests::patience::scaled;
 use pod::{
     SOON, agent, agentcube, assert_asleep, assert_awake, assert_counts, assert_running, counter, sleep_at,
     start, state, wake,
@@ -422,7 +423,8 @@ fn requests_wake_a_sleeping_pod_from_outside_and_through_a_forwarded_port() {
 fn probes_of_a_sleeping_pod_are_answered() {
     let node = start();
     let kubelet = Kubelet::on(&node).unwrap();
-    let every = |probe: Probe| probe.every(2 * SECOND);
+    // Those that wake the pod take as long as that, on a machine that is busy longer than a kubelet waits by default.
+    let every = |probe: Probe| probe.every(2 * SECOND).timeout(scaled(SECOND));
     let health = ContainerSpec::new("grpc", Image::Python)
         .command(&["/usr/bin/python3", "/grpc_health.py"])
         .startup(Probe::grpc(9090).every(SECOND).failures(30))
