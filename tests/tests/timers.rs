@@ -342,7 +342,7 @@ fn an_agent_that_works_in_bursts_is_woken_for_the_timer_that_it_waits_for_in_bet
         let (before, slow, begun) = (told("due"), told("slow"), Instant::now());
         sleep(&node, "bursts");
         let late = begun.elapsed() > Duration::from_secs(2);
-        let awake = || Ok(!is_asleep(&node, "bursts"));
+        let awake = || Ok(inspect(&node, "bursts")["state"] == "running");
         if node.wait_until("the timer to wake it", Duration::from_secs(10), awake).is_ok() {
             assert_eq!(inspect(&node, "bursts")["last_wake"]["cause"], "timer");
             woken += 1;
