@@ -28,7 +28,7 @@ def listen(address, port=PORT, backlog=16, **options):
 
 
 def talk(connection, name):
-    """Speaks first, then answers each line."""
+    """Speaks first, then answers each line; closes the connection after "bye"."""
     try:
         with connection, connection.makefile("rwb") as lines:
             lines.write(f"220 {name}\n".encode())
@@ -36,6 +36,8 @@ def talk(connection, name):
             for line in lines:
                 lines.write(f"{name}: ".encode() + line)
                 lines.flush()
+                if line == b"bye\n":
+                    break
     except OSError:
         pass
 
@@ -68,9 +70,11 @@ def poll():
                 threading.Thread(target=talk, args=(connection, f"door {number}"), daemon=True).start()
 
 
-def udp(address, owner=0):
+def udp(address, owner=0, together=False):
+    UDP_GRO = 104
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.socket(family, socket.SOCK_DGRAM)
+    server.setsockopt(socket.IPPROTO_UDP, UDP_GRO, together)
     server.bind((address, PORT))
     os.fchown(server.fileno(), owner, owner)
     print("ready", flush=True)
@@ -104,10 +108,11 @@ def main(kind):
             while True:
                 signal.pause()
         case "strict":
-            # Its port is taken as long as anything of a connection is left.
-            server = listen("0.0.0.0", reuse=0)
+            # Its ports are taken as long as anything of a connection is left.
+            listen("0.0.0.0", reuse=0)
+            listen("::1", reuse=0)
             print("ready", flush=True)
-            serve(server, "blocking")
+            poll()
         case "several":
             # Two ports, one of them on the loopback device only, both families.
             for address, port in [("0.0.0.0", PORT), ("127.0.0.1", PORT + 1), ("::", PORT + 2), ("::1", PORT + 3)]:
@@ -155,6 +160,9 @@ def main(kind):
             udp("0.0.0.0")
         case "udp-owned":
             udp("0.0.0.0", owner=1234)
+        case "udp-together":
+            # The kernel may put datagrams together, as servers of QUIC want it.
+            udp("0.0.0.0", together=True)
         case "udp6":
             udp("::")
 

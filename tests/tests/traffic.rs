@@ -396,6 +396,44 @@ fn a_datagram_socket_has_after_a_wake_the_owner_that_it_had_before() {
     assert_eq!(owner(), "1234");
 }
 
+/// Sends datagrams of two bytes each in one go, as QUIC does; the kernel may leave them together (UDP_SEGMENT). Gives back
+/// the answers.
+fn echo_of_segments(node: &Node, agent: &Agent, numbers: usize) -> Vec<String> {
+    let client = format!(
+        "import socket
+client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+client.settimeout({seconds})
+client.setsockopt(socket.IPPROTO_UDP, 103, 2)
+client.sendto(b''.join(b'%02d' % number for number in range({numbers})), ('127.0.0.1', {PORT}))
+answered = 0
+while answered < {numbers}:
+    answer = client.recv(1000)
+    answered += (len(answer) - len('echo: ')) // 2
+    print(answer.decode())",
+        seconds = SOON.as_secs()
+    );
+    let answers =
+        node.exec(&["ip", "netns", "exec", agent.id(), "python3", "-c", &client]).unwrap().check().unwrap();
+    answers.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn datagrams_that_the_kernel_may_put_together_keep_their_borders_in_a_sleep() {
+    let node = start();
+    let agent = run(&node, &door("udp-together"));
+    let together = ["echo: 0001020304"];
+    assert_eq!(echo_of_segments(&node, &agent, 5), together, "the agent has UDP_GRO");
+    for turn in 1..=3 {
+        sleep(&node, &agent);
+        let mut answers = echo_of_segments(&node, &agent, 5);
+        answers.sort();
+        assert_eq!(answers, (0..5).map(|number| format!("echo: {number:02}")).collect::<Vec<_>>());
+        assert_eq!(wakes(&node, &agent), turn);
+        let has_it_back = || Ok(echo_of_segments(&node, &agent, 5) == together);
+        node.wait_until("the agent to have UDP_GRO again", SOON, has_it_back).unwrap();
+    }
+}
+
 #[test]
 fn datagrams_of_another_machine_are_answered_by_the_address_of_the_pod() {
     let node = start();

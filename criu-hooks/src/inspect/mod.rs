@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::{fd::RawFd, process::Pid};
+use rustix::process::Pid;
 
 pub use self::{
     blocker::Blocker,
@@ -33,7 +33,7 @@ use self::{
 };
 use crate::{
     container::{self, Container},
-    descriptors::{self, Descriptor, Process},
+    descriptors::{self, Descriptor},
     procfs, waits,
 };
 
@@ -44,35 +44,12 @@ pub struct Inspection {
     pub blockers: Vec<Blocker>,
     /// What only CRIU can tell, in words.
     pub doubts: Vec<String>,
-    /// Established connections that a checkpoint would close.
-    pub closing: Vec<Closing>,
+    /// The inodes of established TCP connections that a checkpoint would close.
+    pub closing: Vec<u64>,
     /// How long it is until the first of its timer descriptors goes off, or the first wait of a thread ends by itself.
     pub next_timer: Option<Duration>,
     /// Tells whether the container has the same processes and files open as at another look; connections do not count.
     pub fingerprint: u64,
-}
-
-/// An established TCP connection of a container, which a checkpoint would close.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Closing {
-    /// The inode of its socket.
-    pub inode: u64,
-    /// A process that has it open.
-    pub pid: Pid,
-    /// Its descriptor there.
-    pub number: RawFd,
-}
-
-impl Closing {
-    /// Lets others take its port when it has been closed, and lingers in the kernel for a minute or two. Without that they
-    /// can only if the listener that it came by had SO_REUSEADDR.
-    ///
-    /// # Errors
-    /// When the process is gone.
-    pub fn share_port(&self) -> io::Result<()> {
-        let socket = Process::open(self.pid)?.duplicate(self.number)?;
-        Ok(rustix::net::sockopt::set_socket_reuseaddr(socket, true)?)
-    }
 }
 
 /// Looks at `container`, whose first process is `init`.
@@ -101,12 +78,12 @@ pub fn inspect(container: &Container, init: Pid, policy: Policy) -> Result<Inspe
     Ok(found)
 }
 
-/// Looks again at the connections `closing`, which were to be closed, of a container whose first process is `init`: its
-/// processes stand still, but what comes for them does not. Tells of one that must not be closed any more.
+/// Looks again at the connections with the inodes `closing`, which were to be closed, of a container whose first process is
+/// `init`: its processes stand still, but what comes for them does not. Tells of one that must not be closed any more.
 ///
 /// # Errors
 /// When the container is gone, or the kernel does not answer.
-pub fn come_to_life(init: Pid, closing: &[Closing], policy: Policy) -> io::Result<Option<Blocker>> {
+pub fn come_to_life(init: Pid, closing: &[u64], policy: Policy) -> io::Result<Option<Blocker>> {
     let busy = sockets::come_to_life(init, closing, policy)?;
     Ok(busy.map(|(peer, busy)| Blocker::Connection { peer, busy }))
 }

@@ -15,7 +15,6 @@ use rustix::{
 };
 
 use super::{
-    Closing,
     blocker::Blocker,
     connections::{self, Busy, Policy},
     diag::{self, Tcp, Unix},
@@ -39,8 +38,8 @@ pub(super) type Sockets = HashMap<u64, Owner>;
 #[derive(Debug, Default)]
 pub(super) struct Findings {
     pub(super) blockers: Vec<Blocker>,
-    /// Connections that would be closed.
-    pub(super) closing: Vec<Closing>,
+    /// The inodes of connections that would be closed.
+    pub(super) closing: Vec<u64>,
 }
 
 /// The tables of the network namespace of `init`.
@@ -100,25 +99,18 @@ pub(super) fn inspect(
         };
         blockers.extend(found);
     }
-    let closing = verdict.closing.into_iter().filter_map(|inode| {
-        let owner = sockets.get(&inode)?;
-        Some(Closing { inode, pid: owner.pid, number: owner.number })
-    });
-    Ok(Findings { blockers, closing: closing.collect() })
+    Ok(Findings { blockers, closing: verdict.closing })
 }
 
 /// The first of the connections `closing` that must not be closed any more, in the network namespace of `init`.
 pub(super) fn come_to_life(
     init: Pid,
-    closing: &[Closing],
+    closing: &[u64],
     policy: Policy,
 ) -> io::Result<Option<(SocketAddr, Busy)>> {
     let namespace = File::open(format!("/proc/{init}/ns/net"))?;
     let sockets = netns::within(namespace.as_fd(), diag::tcp)?;
-    let verdict = connections::judge(
-        sockets.iter().filter(|socket| closing.iter().any(|one| one.inode == socket.inode)),
-        policy,
-    );
+    let verdict = connections::judge(sockets.iter().filter(|socket| closing.contains(&socket.inode)), policy);
     Ok(verdict.busy.into_iter().next())
 }
 

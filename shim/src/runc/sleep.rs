@@ -96,7 +96,8 @@ impl Objections {
 /// Connections that the end of the agent's processes closes. Until then the kernel takes bytes in by them.
 struct Closing {
     init: Pid,
-    connections: Vec<inspect::Closing>,
+    /// Their inodes.
+    connections: Vec<u64>,
     policy: Policy,
 }
 
@@ -108,12 +109,6 @@ impl Closing {
         }
         let (init, connections, policy) = (self.init, self.connections.clone(), self.policy);
         Ok(tokio::task::spawn_blocking(move || inspect::come_to_life(init, &connections, policy)).await??)
-    }
-
-    /// Sees to it that what lingers of them does not keep the restored listeners from their ports. The image has their
-    /// options as they were.
-    fn share_ports(&self) -> std::io::Result<()> {
-        self.connections.iter().try_for_each(inspect::Closing::share_port)
     }
 }
 
@@ -134,7 +129,6 @@ impl DumpHooks for LastWord<'_> {
         if let Some(busy) = self.connections.come_to_life().await? {
             return Err(busy.to_string().into());
         }
-        self.connections.share_ports()?;
         self.image = Some(self.writer.open()?);
         Ok(())
     }

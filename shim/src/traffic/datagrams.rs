@@ -192,7 +192,7 @@ mod tests {
     fn succeed(bound: &str, senders: usize) -> (Passed, Vec<Vec<u8>>) {
         let bind = |at: SocketAddr| {
             let family = if at.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-            let socket = net::socket(family, SocketType::DGRAM, None).unwrap();
+            let socket = net::socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None).unwrap();
             net::sockopt::set_socket_reuseport(&socket, true).unwrap();
             net::bind(&socket, &at).unwrap();
             socket

@@ -11,6 +11,8 @@ use rustix::{
     net::{self, AddressFamily, Shutdown, SocketAddrUnix, SocketType, ipproto},
 };
 
+use super::options;
+
 /// How many connections may wait for an agent while it sleeps and wakes, whatever queue it asked for: it cannot take
 /// any out until then. The kernel has a limit of its own below this (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
@@ -45,8 +47,16 @@ pub(super) struct Held {
     pub(super) address: String,
     /// One of the agent's own descriptors of it.
     pub(super) place: Place,
+    pub(super) unrestored: Unrestored,
+}
+
+/// What CRIU does not give to the new socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Unrestored {
     /// Who made it. CRIU makes sockets as root.
-    pub(super) owner: (Uid, Gid),
+    owner: (Uid, Gid),
+    /// The kernel puts datagrams for it together (UDP_GRO).
+    puts_together: bool,
 }
 
 impl Held {
@@ -58,10 +68,20 @@ impl Held {
         };
         let stat = rustix::fs::fstat(&socket)?;
         let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-        Ok(Self { socket, kind, inode, address, place, owner })
+        let puts_together = kind == Kind::Datagram && options::puts_together(&socket)?;
+        let unrestored = Unrestored { owner, puts_together };
+        Ok(Self { socket, kind, inode, address, place, unrestored })
     }
 
-    pub(super) fn hold(&self) -> rustix::io::Result<()> {
+    /// The TCP port at which it listens.
+    pub(super) fn tcp_port(&self) -> Option<u16> {
+        let listens = self.kind == Kind::Stream;
+        let address = listens.then(|| net::getsockname(&self.socket).ok()).flatten()?;
+        Some(SocketAddr::try_from(address).ok()?.port())
+    }
+
+    /// Makes it ready to wait for the agent.
+    pub(super) fn hold(&self) -> io::Result<()> {
         if self.kind == Kind::Abstract {
             return Ok(());
         }
@@ -69,6 +89,10 @@ impl Held {
         // so until CRIU has put the agent's own choice back.
         rustix::fs::fchown(&self.socket, Some(Uid::ROOT), Some(Gid::ROOT))?;
         net::sockopt::set_socket_reuseport(&self.socket, true)?;
+        if self.unrestored.puts_together {
+            // They are sent on one by one, as they came.
+            options::put_together(&self.socket, false)?;
+        }
         if self.kind == Kind::Stream {
             net::listen(&self.socket, BACKLOG)?;
             // To accept from it never blocks. The agent gets a new socket, with flags of its own.
@@ -108,12 +132,16 @@ impl Kind {
     }
 }
 
-/// Gives a restored socket its owner back, and wakes whoever waits at a listener: the kernel moves connections to it
-/// without a word to those who wait already.
-pub(super) fn introduce(restored: &OwnedFd, kind: Kind, owner: (Uid, Gid)) -> io::Result<()> {
+/// Gives a restored socket back what the restore did not, and wakes whoever waits at a listener: the kernel moves connections
+/// to it without a word to those who wait already.
+pub(super) fn introduce(restored: &OwnedFd, kind: Kind, unrestored: Unrestored) -> io::Result<()> {
     // The agent runs, and may have something else under that number by now.
     if Kind::of(restored)? != Some(kind) {
         return Ok(());
+    }
+    let Unrestored { owner, puts_together } = unrestored;
+    if puts_together {
+        options::put_together(restored, true)?;
     }
     if owner.0 != Uid::ROOT {
         rustix::fs::fchown(restored, Some(owner.0), Some(owner.1))?;

@@ -1,7 +1,7 @@
 //! Duplicates of the sockets by which a sleeping agent is reached.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs::{self, File},
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -27,6 +27,7 @@ use super::{
     TrafficError,
     datagrams::{self, Passed},
     held::{Held, Kind, Place, introduce},
+    ports,
     probes::{Answering, Sources},
 };
 
@@ -182,10 +183,17 @@ impl Listeners {
     /// Makes the sockets ready to wait for the agent: to be called when its processes are gone, and its image holds
     /// the sockets as they were.
     pub fn hold(&self) {
+        let mut used = BTreeSet::new();
         for held in &*self.lock() {
             if let Err(error) = held.hold() {
                 warn!(address = held.address, %error, "connections made in its sleep may be reset at its wake");
             }
+            used.extend(held.tcp_port());
+        }
+        let Some(namespace) = self.namespace.as_ref().filter(|_| !used.is_empty()) else { return };
+        let opened = netns::within(namespace.as_fd(), || used.iter().copied().try_for_each(ports::open));
+        if let Err(error) = opened {
+            warn!(?used, %error, "what lingers of closed connections may keep the agent from waking for minutes");
         }
     }
 
@@ -203,7 +211,7 @@ impl Listeners {
     pub fn hand_over(&self, pids: &[Pid]) {
         let held = std::mem::take(&mut *self.lock());
         let mut places = Vec::new();
-        for Held { socket, kind, address, place, owner, .. } in held {
+        for Held { socket, kind, address, place, unrestored, .. } in held {
             match (kind, &self.namespace) {
                 (Kind::Datagram, Some(namespace)) => match datagrams::pass_on(namespace.as_fd(), socket) {
                     Ok(Passed { sent, error: None, .. }) => debug!(address, sent, "datagrams sent on"),
@@ -217,7 +225,7 @@ impl Listeners {
             }
             // An abstract one is the agent's as it was.
             if kind != Kind::Abstract {
-                places.push((place, kind, owner, address));
+                places.push((place, kind, unrestored, address));
             }
         }
         let mut processes = HashMap::new();
@@ -226,7 +234,7 @@ impl Listeners {
                 processes.insert(inner_pid, pid);
             }
         }
-        for (place, kind, owner, address) in places {
+        for (place, kind, unrestored, address) in places {
             let restored = processes
                 .get(&place.inner_pid)
                 .and_then(|pid| Process::open(*pid).ok()?.duplicate(place.number).ok());
@@ -234,8 +242,8 @@ impl Listeners {
                 debug!(address, "the agent has closed the socket already");
                 continue;
             };
-            if let Err(error) = introduce(&restored, kind, owner) {
-                warn!(address, %error, "the agent may learn late of connections made in its sleep");
+            if let Err(error) = introduce(&restored, kind, unrestored) {
+                warn!(address, %error, "the agent may learn late of connections made in its sleep, and its socket lacks what it had");
             }
         }
     }

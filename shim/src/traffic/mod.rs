@@ -11,6 +11,8 @@
 mod datagrams;
 mod held;
 mod listeners;
+mod options;
+mod ports;
 mod probes;
 
 use std::io;
