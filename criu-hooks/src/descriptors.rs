@@ -7,6 +7,8 @@ use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags},
 };
 
+use crate::procfs;
+
 /// One open descriptor of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptor {
@@ -40,6 +42,28 @@ pub fn of(pid: Pid) -> io::Result<Vec<Descriptor>> {
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         let (Some(number), Ok(target)) = (number, fs::read_link(entry.path())) else { continue };
         found.push(Descriptor { number, target: target.to_string_lossy().into_owned() });
+    }
+    Ok(found)
+}
+
+/// Processes, and what each has open.
+pub type Listing = Vec<(Pid, Vec<Descriptor>)>;
+
+/// The descriptors of these processes, but of those that have ended: one that was not waited for has none.
+///
+/// # Errors
+/// When the descriptors of one that lives cannot be read.
+pub fn of_all(pids: &[Pid]) -> io::Result<Listing> {
+    let mut found = Vec::with_capacity(pids.len());
+    for &pid in pids.iter().filter(|pid| procfs::alive(**pid)) {
+        match of(pid) {
+            Ok(descriptors) => found.push((pid, descriptors)),
+            Err(_) if !procfs::alive(pid) => {}
+            Err(error) => {
+                let text = format!("cannot read the descriptors of process {pid}: {error}");
+                return Err(io::Error::new(error.kind(), text));
+            }
+        }
     }
     Ok(found)
 }
@@ -108,6 +132,8 @@ mod tests {
     fn what_is_gone_is_an_error() {
         let nobody = Pid::from_raw(i32::MAX - 1).unwrap();
         assert!(of(nobody).is_err());
+        let me = rustix::process::getpid();
+        assert!(matches!(&of_all(&[nobody, me]).unwrap()[..], [(pid, _)] if *pid == me));
         assert!(Process::open(nobody).is_err());
         assert!(Process::open(rustix::process::getpid()).unwrap().duplicate(1 << 20).is_err());
     }

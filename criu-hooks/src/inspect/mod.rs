@@ -33,7 +33,7 @@ use self::{
 };
 use crate::{
     container::{self, Container},
-    descriptors::{self, Descriptor},
+    descriptors::{Descriptor, Listing},
     procfs, waits,
 };
 
@@ -52,22 +52,27 @@ pub struct Inspection {
     pub fingerprint: u64,
 }
 
-/// Looks at `container`, whose first process is `init`.
+/// Looks at `container`, whose first process is `init` and whose processes have `open` open.
 ///
 /// # Errors
 /// When the container is gone.
-pub fn inspect(container: &Container, init: Pid, policy: Policy) -> Result<Inspection, container::Error> {
+pub fn inspect(
+    container: &Container,
+    init: Pid,
+    open: &Listing,
+    policy: Policy,
+) -> Result<Inspection, container::Error> {
     let look = |pid| move |source| container::Error::Process { pid, source };
     let mut found = Inspection::default();
     found.blockers.extend(container.blockers(init)?.into_iter().map(Blocker::Container));
     let namespaces = Namespaces::of(init).map_err(look(init))?;
     let mut sockets = Sockets::new();
-    for pid in container.cgroup.procs()? {
-        match found.look_at(pid, &namespaces, &mut sockets) {
+    for (pid, descriptors) in open {
+        match found.look_at(*pid, descriptors, &namespaces, &mut sockets) {
             Ok(()) => {}
             // It has ended meanwhile.
-            Err(_) if !procfs::alive(pid) => {}
-            Err(error) => return Err(look(pid)(error)),
+            Err(_) if !procfs::alive(*pid) => {}
+            Err(error) => return Err(look(*pid)(error)),
         }
     }
     let volumes: Vec<PathBuf> =
@@ -97,19 +102,25 @@ impl Inspection {
     }
 
     /// Looks at one process.
-    fn look_at(&mut self, pid: Pid, namespaces: &Namespaces, sockets: &mut Sockets) -> io::Result<()> {
+    fn look_at(
+        &mut self,
+        pid: Pid,
+        descriptors: &[Descriptor],
+        namespaces: &Namespaces,
+        sockets: &mut Sockets,
+    ) -> io::Result<()> {
         self.blockers.extend(namespaces.blocker(pid)?);
         let mut watches = false;
-        for descriptor in descriptors::of(pid)? {
+        for descriptor in descriptors {
             if let Some(inode) = descriptor.socket() {
                 sockets.entry(inode).or_insert(Owner { pid, number: descriptor.number });
                 continue;
             }
-            self.note(pid, &descriptor);
-            let blocker = files::blocker(pid, &descriptor);
+            self.note(pid, descriptor);
+            let blocker = files::blocker(pid, descriptor);
             self.blockers.extend(blocker.filter(|blocker| !self.blockers.contains(blocker)));
             watches |= descriptor.anonymous() == Some("inotify");
-            if let Ok(Some(remains)) = files::timer(pid, &descriptor) {
+            if let Ok(Some(remains)) = files::timer(pid, descriptor) {
                 self.next_timer = Some(self.next_timer.map_or(remains, |next| next.min(remains)));
             }
         }

@@ -1,10 +1,14 @@
 //! Whether a container can be checkpointed, looked at before it is tried.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use criu_hooks::{
     container::Container,
     criu::log::Cause,
+    descriptors::{self, Listing},
     engine::DumpError,
     inspect::{self, Blocker, Inspection},
 };
@@ -73,14 +77,21 @@ pub(super) fn is_lasting(error: &DumpError) -> bool {
 }
 
 impl RuncContainer {
+    /// What these processes of it have open.
+    pub(super) async fn open_files(&self, pids: Vec<Pid>) -> Result<Arc<Listing>, RuntimeError> {
+        let listed = blocking(move || descriptors::of_all(&pids)).await?;
+        Ok(Arc::new(listed.map_err(precondition)?))
+    }
+
     /// Looks at the live container, awake or frozen.
     pub(super) async fn inspection(
         &self,
         container: &Container,
         init: Pid,
+        open: Arc<Listing>,
     ) -> Result<Inspection, RuntimeError> {
         let (container, policy) = (container.clone(), self.options.connection_policy());
-        let looked = blocking(move || inspect::inspect(&container, init, policy)).await?;
+        let looked = blocking(move || inspect::inspect(&container, init, &open, policy)).await?;
         let mut seen = looked.map_err(precondition)?;
         if self.cgroup.is_frozen().unwrap_or(false) {
             let now = Instant::now();
@@ -119,7 +130,8 @@ impl RuncContainer {
     pub(super) async fn explain(&self) -> Result<Reasons, RuntimeError> {
         let container = self.for_engine()?;
         let init = self.lock().init.raw().ok_or_else(|| precondition("it has no processes"))?;
-        let seen = self.inspection(&container, init).await?;
+        let open = self.open_files(self.processes()?).await?;
+        let seen = self.inspection(&container, init, open).await?;
         let mut reasons: Vec<Reason> = seen
             .blockers
             .iter()

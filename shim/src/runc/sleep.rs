@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use criu_hooks::{
     container::Container,
     criu::HookError,
+    descriptors::Listing,
     engine::{
         DumpError, DumpHooks, DumpOptions, Engine, Handover, InheritFd, Kept, RestoreError, RestoreHooks,
         RestoreOptions, Spare, Timers,
@@ -245,13 +246,14 @@ impl RuncContainer {
         // Nothing may be thawed again after this: the streams are as they are from here on.
         let frozen = self.freeze_between_work(&container, before, &veto).await?;
         let pids = self.cgroup.procs().map_err(failed)?;
-        let listeners = while_frozen(&veto, self.listeners(init, &pids)).await?;
+        let open = while_frozen(&veto, self.open_files(pids.clone())).await?;
+        let listeners = while_frozen(&veto, self.listeners(init, Arc::clone(&open))).await?;
         let objections = Objections { veto, listeners };
         if objections.raised().is_some() {
             return Err(RuntimeError::Vetoed);
         }
         let veto = &objections.veto;
-        let seen = while_frozen(veto, self.inspection(&container, init)).await?;
+        let seen = while_frozen(veto, self.inspection(&container, init, open)).await?;
         self.admit(&seen)?;
         let alarm = Alarm::new().map_err(failed)?;
         let tcp_close = !seen.closing.is_empty();
@@ -364,9 +366,9 @@ impl RuncContainer {
     }
 
     /// Takes hold of the sockets by which the frozen agent is reached.
-    async fn listeners(&self, init: Pid, pids: &[Pid]) -> Result<Listeners, RuntimeError> {
-        let (pids, probes) = (pids.to_owned(), self.options.answered_probes());
-        blocking(move || Listeners::duplicate(init, &pids, probes)).await?.map_err(precondition)
+    async fn listeners(&self, init: Pid, open: Arc<Listing>) -> Result<Listeners, RuntimeError> {
+        let probes = self.options.answered_probes();
+        blocking(move || Listeners::duplicate(init, &open, probes)).await?.map_err(precondition)
     }
 
     /// Sets the alarm for the first of its timers that is to wake it.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use criu_hooks::{
-    descriptors::{self, Process},
+    descriptors::{Listing, Process},
     netns, procfs, readiness,
 };
 use rustix::{
@@ -58,27 +58,25 @@ enum Look {
 }
 
 impl Listeners {
-    /// Duplicates the listening sockets of the processes `pids`, which stand still; `init` is the first of them. Changes
+    /// Duplicates the listening sockets of processes that stand still and have `open` open; `init` is the first of them. Changes
     /// nothing about the sockets. Probes from `probes` will be answered for the sleeping agent; without it they wake it.
     ///
     /// # Errors
     /// See [`TrafficError`]; nothing is held then.
-    pub fn duplicate(init: Pid, pids: &[Pid], probes: Option<Sources>) -> Result<Self, TrafficError> {
+    pub fn duplicate(init: Pid, open: &Listing, probes: Option<Sources>) -> Result<Self, TrafficError> {
         let mut held: HashMap<u64, Held> = HashMap::new();
         let network =
             |pid| procfs::namespace(pid, "net").map_err(|source| TrafficError::Process { pid, source });
         let own = network(init)?;
-        // A process that has ended and was not waited for has no descriptors.
-        let alive = pids.iter().filter(|pid| procfs::alive(**pid));
-        let mut processes =
-            alive.map(|&pid| Ok((network(pid)? != own, pid))).collect::<Result<Vec<_>, TrafficError>>()?;
+        let processes = open.iter().map(|(pid, descriptors)| Ok((network(*pid)? != own, *pid, descriptors)));
+        let mut processes = processes.collect::<Result<Vec<_>, TrafficError>>()?;
         // Those of another namespace come last: what they have inherited is known by then.
-        processes.sort_by_key(|(elsewhere, _)| *elsewhere);
-        for (elsewhere, pid) in processes {
+        processes.sort_by_key(|(elsewhere, ..)| *elsewhere);
+        for (elsewhere, pid, descriptors) in processes {
             let look = |source| TrafficError::Process { pid, source };
             let process = Process::open(pid).map_err(look)?;
             let inner_pid = procfs::inner_pid(pid).map_err(look)?;
-            for descriptor in descriptors::of(pid).map_err(look)? {
+            for descriptor in descriptors {
                 let Some(inode) = descriptor.socket() else { continue };
                 if held.contains_key(&inode) {
                     continue;
@@ -272,6 +270,7 @@ mod tests {
 
     use super::*;
 
+    use criu_hooks::descriptors;
     /// A process that has inherited whatever is not closed on exec.
     fn heir(words: &[&str]) -> (Child, Pid) {
         let child = Command::new(words[0]).args(&words[1..]).spawn().unwrap();
@@ -293,8 +292,9 @@ mod tests {
             std::thread::sleep(Duration::from_millis(10));
             procfs::namespace(pid, "net").is_ok_and(|found| found != own)
         });
-        let alone = Listeners::duplicate(init, &[pid], None);
-        let inherited = Listeners::duplicate(init, &[pid, init], None);
+        let open = |pids: &[Pid]| descriptors::of_all(pids).unwrap();
+        let alone = Listeners::duplicate(init, &open(&[pid]), None);
+        let inherited = Listeners::duplicate(init, &open(&[pid, init]), None);
         for child in [&mut inside, &mut outside] {
             child.kill().unwrap();
             // The reaper of other tests may have been there first.
