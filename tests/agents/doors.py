@@ -156,6 +156,12 @@ def main(kind):
                     signal.pause()
             print("ready", flush=True)
             serve(server, "abstract")
+        case "path":
+            server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            server.bind(sys.argv[2])
+            server.listen(16)
+            print("ready", flush=True)
+            serve(server, "path")
         case "udp":
             udp("0.0.0.0")
         case "udp-owned":

@@ -8,13 +8,13 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
 use std::os::linux::net::SocketAddrExt as _;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use agentcube_tests::images::Image;
 use agentcube_tests::node::{Agent, AgentSpec, Net, Node, NodeOptions};
-use cycle::{SOON, agent, agentcube, assert_asleep, inspect, sleep, start, wakes};
+use cycle::{SOON, agent, agentcube, assert_asleep, host_pids, inspect, sleep, sleep_in_place, start, wakes};
 use serde_json::Value;
 
 const PORT: u16 = 8400;
@@ -240,6 +240,16 @@ fn what_keeps_an_agent_from_being_checkpointed_is_told_without_disturbing_it() {
         ("device", "f = open('/dev/loop-control')", &["device"]),
         ("peer", "s = socket.socket(socket.AF_UNIX); s.connect('\\0outside')", &["unix-peer"]),
         ("door", "s = socket.socket(socket.AF_UNIX); s.bind('/volume/door'); s.listen()", &["unix-listener"]),
+        (
+            "mailbox",
+            "s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.bind('\\0mailbox')",
+            &["unix-datagram"],
+        ),
+        (
+            "letters",
+            "s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.bind('\\0letters'); s.connect('\\0letters')",
+            &[],
+        ),
         ("hidden", "s = socket.socket(socket.AF_UNIX); s.bind('/tmp/door'); s.listen()", &[]),
     ];
     node.sh("mkdir /run/volume").unwrap();
@@ -282,6 +292,99 @@ fn what_keeps_an_agent_from_being_checkpointed_is_told_without_disturbing_it() {
         }
         agent.delete().unwrap();
     }
+}
+
+/// Connects to a unix listener by its path inside of an agent's container, from outside of it.
+fn enters(node: &Node, agent: &Agent, path: &str) -> std::io::Result<UnixStream> {
+    let [pid] = host_pids(node, agent)[..] else { panic!("{} has not one process", agent.id()) };
+    let stream = UnixStream::connect(format!("/proc/{pid}/root{path}"))?;
+    stream.set_read_timeout(Some(SOON))?;
+    Ok(stream)
+}
+
+#[test]
+fn a_unix_listener_with_a_path_is_reached_from_outside_unless_its_agent_is_checkpointed() {
+    let node = start();
+    let code = include_str!("../agents/doors.py");
+    node.sh("mkdir /run/volume").unwrap();
+    let spec = |id: &str, path: &str| {
+        agent(Image::Python, id)
+            .mount("type=bind,src=/run/volume,dst=/volume,options=rbind:rw")
+            .args(&["python3", "-c", code, "path", path])
+    };
+    let hidden = run(&node, &spec("hidden", "/tmp/door"));
+    let shared = run(&node, &spec("shared", "/volume/door"));
+    for (agent, path) in [(&hidden, "/tmp/door"), (&shared, "/volume/door")] {
+        for turn in 1..=2 {
+            sleep_in_place(&node, agent, "frozen");
+            let mut client = BufReader::new(enters(&node, agent, path).unwrap());
+            let mut greeting = String::new();
+            client.read_line(&mut greeting).unwrap();
+            assert_eq!(greeting, "220 path\n");
+            let told = inspect(&node, agent);
+            assert_eq!(
+                (&told["wakes"], &told["last_wake"]["cause"]),
+                (&turn.into(), &"traffic".into()),
+                "{told}"
+            );
+            // As long as it stays.
+            assert!(kinds(&why(&node, agent)).contains(&"unix-peer"));
+        }
+    }
+    // From the volume anybody could come at any time; to the other nothing leads once its processes are gone.
+    let client =
+        "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/volume/door'); print(s.recv(99))";
+    let slept = agentcube(&node, &shared, &["sleep", "--or-shallower"]).unwrap();
+    assert_eq!(slept["slept"][0]["depth"], "frozen", "{slept}");
+    assert!(slept.to_string().contains("lies on a volume"), "{slept}");
+    assert!(node.exec(&["python3", "-c", client]).unwrap().check().unwrap().contains("220 path"));
+    let idle = || Ok(kinds(&why(&node, &hidden)).is_empty());
+    node.wait_until("the clients to be gone", SOON, idle).unwrap();
+    sleep(&node, &hidden);
+    let bundle = inspect(&node, &hidden)["bundle"].as_str().unwrap().to_owned();
+    let client = format!(
+        "import socket; s = socket.socket(socket.AF_UNIX); print(s.connect_ex('{bundle}/rootfs/tmp/door'))"
+    );
+    let refused = node.exec(&["python3", "-c", &client]).unwrap().check().unwrap();
+    assert_eq!(
+        refused.trim(),
+        "111",
+        "whoever goes through the mounts of containerd is told that nobody listens"
+    );
+    assert_asleep(&node, &hidden);
+    agentcube(&node, &hidden, &["wake"]).unwrap();
+    let mut greeting = String::new();
+    BufReader::new(enters(&node, &hidden, "/tmp/door").unwrap()).read_line(&mut greeting).unwrap();
+    assert_eq!(greeting, "220 path\n");
+}
+
+#[test]
+fn a_client_that_waits_at_a_unix_listener_keeps_its_agent_from_being_checkpointed() {
+    let node = start();
+    let code = "import signal, socket
+listener = socket.socket(socket.AF_UNIX)
+listener.bind('/tmp/door')
+listener.listen()
+print('ready', flush=True)
+signal.sigwait([signal.SIGUSR1])
+listener.accept()[0].sendall(b'at last')
+signal.pause()";
+    let code = format!("import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n{code}");
+    let agent = run(&node, &agent(Image::Python, "a").args(&["python3", "-c", &code]));
+    let mut client = enters(&node, &agent, "/tmp/door").unwrap();
+    assert_eq!(kinds(&why(&node, &agent)), ["queue"]);
+    let refused = agentcube(&node, &agent, &["sleep", "--depth", "checkpointed"]).unwrap_err();
+    println!("{refused}");
+    let told = inspect(&node, &agent);
+    assert_eq!((&told["state"], &told["sleeps"]), (&"running".into(), &0.into()), "{told}");
+    // The agent does not wait for clients, so that one who waits is no demand of its frozen sleep.
+    sleep_in_place(&node, &agent, "frozen");
+    agent.kill("SIGUSR1").unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "at last");
+    drop(client);
+    sleep(&node, &agent);
 }
 
 #[test]

@@ -82,6 +82,22 @@ pub enum Blocker {
         /// Where.
         path: PathBuf,
     },
+    /// Somebody who is not of the container waits at a unix listener, and could not be kept waiting.
+    #[error("a client from outside of the container waits at {address} for process {pid} to accept it")]
+    UnixQueue {
+        /// The process.
+        pid: Pid,
+        /// Where.
+        address: String,
+    },
+    /// Datagrams to an abstract unix address cannot be kept waiting.
+    #[error("process {pid} takes datagrams at the unix address {address}: who sends one would be refused")]
+    Mailbox {
+        /// The process.
+        pid: Pid,
+        /// The address, an @ before it.
+        address: String,
+    },
     /// A socket of a kind that CRIU does not know.
     #[error("process {pid} has a socket of {family}, which CRIU cannot dump{hint}")]
     Socket {
@@ -135,7 +151,8 @@ impl Blocker {
             Self::SharedListener { .. } => "unix-listener",
             Self::Socket { .. } => "socket",
             Self::Connection { .. } => "connection",
-            Self::Queue { .. } => "queue",
+            Self::Queue { .. } | Self::UnixQueue { .. } => "queue",
+            Self::Mailbox { .. } => "unix-datagram",
             Self::Timer { .. } => "timer",
         }
     }

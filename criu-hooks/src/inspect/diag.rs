@@ -33,7 +33,9 @@ const INET_MESSAGE: usize = 72;
 /// `struct unix_diag_msg`.
 const UNIX_MESSAGE: usize = 16;
 const INET_DIAG_INFO: u16 = 2;
+const UNIX_DIAG_NAME: u16 = 0;
 const UNIX_DIAG_PEER: u16 = 2;
+const UNIX_DIAG_ICONS: u16 = 3;
 /// The kernel fills at most this much at a time.
 const ANSWER: usize = 32 << 10;
 
@@ -66,12 +68,20 @@ pub struct Tcp {
 }
 
 /// A unix socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unix {
     /// Its inode.
     pub inode: u64,
+    /// It is one for datagrams.
+    pub is_datagram: bool,
+    /// Clients can connect to it.
+    pub listens: bool,
+    /// Where it is bound: a path, or a name that begins with a zero; empty when it is not.
+    pub name: Vec<u8>,
     /// The inode of the socket that it is connected to.
     pub peer: Option<u64>,
+    /// The inodes of those who wait to be accepted, 0 for one who has left again.
+    pub waiting: Vec<u64>,
 }
 
 /// The TCP sockets of the calling thread's network namespace.
@@ -114,8 +124,8 @@ pub(super) fn udp() -> io::Result<Vec<u64>> {
 /// # Errors
 /// When the kernel does not answer.
 pub(super) fn unix() -> io::Result<Vec<Unix>> {
-    /// Tell the peer.
-    const SHOW: u32 = 4;
+    /// Tell the name, the peer, and who waits.
+    const SHOW: u32 = 1 | 4 | 8;
     let mut request = vec![AF_UNIX, 0, 0, 0];
     for number in [u32::MAX, 0, SHOW, u32::MAX, u32::MAX] {
         request.extend(number.to_ne_bytes());
@@ -275,10 +285,18 @@ fn parse_tcp(message: &[u8]) -> Option<Tcp> {
 
 /// Parses a `struct unix_diag_msg` and its attributes.
 fn parse_unix(message: &[u8]) -> Option<Unix> {
-    let inode = u32::from_ne_bytes(number(message, 4)?).into();
-    let peer = attribute(message.get(UNIX_MESSAGE..)?, UNIX_DIAG_PEER);
-    let peer = peer.and_then(|peer| number(peer, 0)).map(|peer| u32::from_ne_bytes(peer).into());
-    Some(Unix { inode, peer })
+    const SOCK_DGRAM: u8 = 2;
+    let inode = |bytes, at| number(bytes, at).map(|inode| u64::from(u32::from_ne_bytes(inode)));
+    let attributes = message.get(UNIX_MESSAGE..)?;
+    let waiting = attribute(attributes, UNIX_DIAG_ICONS).unwrap_or_default();
+    Some(Unix {
+        inode: inode(message, 4)?,
+        is_datagram: *message.get(1)? == SOCK_DGRAM,
+        listens: *message.get(2)? == LISTEN,
+        name: attribute(attributes, UNIX_DIAG_NAME).unwrap_or_default().to_owned(),
+        peer: attribute(attributes, UNIX_DIAG_PEER).and_then(|peer| inode(peer, 0)),
+        waiting: waiting.chunks(4).filter_map(|one| inode(one, 0)).collect(),
+    })
 }
 
 #[cfg(test)]

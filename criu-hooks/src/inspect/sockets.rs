@@ -2,15 +2,19 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ffi::OsStr,
     fs::File,
     io,
     net::SocketAddr,
-    os::fd::{AsFd as _, OwnedFd},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    net::{self, AddressFamily, SocketAddrUnix, SocketType, sockopt},
+    net::{self, AddressFamily, SocketType, sockopt},
     process::Pid,
 };
 
@@ -79,25 +83,18 @@ pub(super) fn inspect(
     let queued = verdict.queued.into_iter();
     blockers.extend(queued.map(|(address, waiting)| Blocker::Queue { address, waiting }));
 
-    blockers.extend(outside_peers(&tables.unix, sockets));
+    let own = tables.unix.iter().filter_map(|socket| Some((socket, sockets.get(&socket.inode)?)));
+    blockers.extend(own.filter_map(|(socket, owner)| of_unix(owner.pid, socket, sockets, volumes)));
 
     let mut known = tables.udp;
     known.extend(tables.tcp.iter().map(|socket| socket.inode));
-    let unix: HashSet<u64> = tables.unix.iter().map(|socket| socket.inode).collect();
-    for (inode, owner) in sockets {
-        if known.contains(inode) || (unix.contains(inode) && volumes.is_empty()) {
-            continue;
-        }
+    known.extend(tables.unix.iter().map(|socket| socket.inode));
+    for (inode, owner) in sockets.iter().filter(|(inode, _)| !known.contains(inode)) {
         // The container may run, so it may have closed it by now.
         let Ok(socket) = Process::open(owner.pid).and_then(|process| process.duplicate(owner.number)) else {
             continue;
         };
-        let found = if unix.contains(inode) {
-            shared(owner.pid, &socket, volumes)
-        } else {
-            unknown(owner.pid, &socket)?
-        };
-        blockers.extend(found);
+        blockers.extend(unknown(owner.pid, *inode, &socket)?);
     }
     Ok(Findings { blockers, closing: verdict.closing })
 }
@@ -114,15 +111,34 @@ pub(super) fn come_to_life(
     Ok(verdict.busy.into_iter().next())
 }
 
-/// Unix sockets whose other end is not among the container's `sockets`. One that nobody has accepted yet has no inode.
-fn outside_peers(unix: &[Unix], sockets: &Sockets) -> Vec<Blocker> {
-    let connected = unix.iter().filter_map(|socket| Some((sockets.get(&socket.inode)?, socket.peer?)));
-    let outside = connected.filter(|(_, peer)| *peer != 0 && !sockets.contains_key(peer));
-    outside.map(|(owner, _)| Blocker::UnixPeer { pid: owner.pid }).collect()
+/// What keeps a unix socket of the process `pid` from being dumped: its other end is not among the container's `sockets`, or
+/// others can connect or send to it.
+fn of_unix(pid: Pid, socket: &Unix, sockets: &Sockets, volumes: &[PathBuf]) -> Option<Blocker> {
+    let is_outside = |inode: &u64| !sockets.contains_key(inode);
+    // One that nobody has accepted yet has no inode.
+    if socket.peer.is_some_and(|peer| peer != 0 && is_outside(&peer)) {
+        return Some(Blocker::UnixPeer { pid });
+    }
+    let (is_abstract, name) = match socket.name.split_first()? {
+        (0, name) => (true, name),
+        _ => (false, socket.name.split(|&byte| byte == 0).next()?),
+    };
+    let path = Path::new(OsStr::from_bytes(name));
+    if !is_abstract && (socket.listens || socket.is_datagram) && lies_on(path, volumes) {
+        return Some(Blocker::SharedListener { pid, path: path.to_owned() });
+    }
+    let prefix = if is_abstract { "@" } else { "" };
+    let address = || format!("{prefix}{}", String::from_utf8_lossy(name));
+    if socket.listens && socket.waiting.iter().any(is_outside) {
+        return Some(Blocker::UnixQueue { pid, address: address() });
+    }
+    // One that is connected hears its peer alone.
+    (is_abstract && socket.is_datagram && socket.peer.is_none())
+        .then(|| Blocker::Mailbox { pid, address: address() })
 }
 
 /// What keeps a socket that is in none of the tables from being dumped.
-fn unknown(pid: Pid, socket: &OwnedFd) -> io::Result<Option<Blocker>> {
+fn unknown(pid: Pid, inode: u64, socket: &OwnedFd) -> io::Result<Option<Blocker>> {
     let family = sockopt::socket_domain(socket)?;
     let blocker = |family: String, hint| Some(Blocker::Socket { pid, family, hint });
     Ok(match family {
@@ -145,21 +161,19 @@ fn unknown(pid: Pid, socket: &OwnedFd) -> io::Result<Option<Blocker>> {
                 blocker(format!("IP protocol {protocol}"), "")
             }
         }
+        AddressFamily::UNIX if !is_unix_at(pid, inode)? => Some(Blocker::UnixPeer { pid }),
         AddressFamily::UNIX | AddressFamily::NETLINK | AddressFamily::PACKET => None,
         AddressFamily::VSOCK => blocker("the family vsock".to_owned(), ""),
         other => blocker(format!("family {}", other.as_raw()), ""),
     })
 }
 
-/// A unix socket whose path lies on one of `volumes`, where others can connect or send to it.
-fn shared(pid: Pid, socket: &OwnedFd, volumes: &[PathBuf]) -> Option<Blocker> {
-    let is_datagram = sockopt::socket_type(socket).ok()? == SocketType::DGRAM;
-    if !is_datagram && !sockopt::socket_acceptconn(socket).ok()? {
-        return None;
-    }
-    let address = SocketAddrUnix::try_from(net::getsockname(socket).ok()?).ok()?;
-    let path = PathBuf::from(address.path()?.to_str().ok()?);
-    lies_on(&path, volumes).then_some(Blocker::SharedListener { pid, path })
+/// Whether a unix socket of the process `pid` belongs to that process's network namespace. A connection that came from
+/// another one, by way of a path, belongs to that of the client.
+fn is_unix_at(pid: Pid, inode: u64) -> io::Result<bool> {
+    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
+    let found = netns::within(namespace.as_fd(), diag::unix)?;
+    Ok(found.iter().any(|socket| socket.inode == inode))
 }
 
 /// Whether an absolute path lies below one of these. A relative one, or one over links, may: it is not looked up, for
@@ -176,10 +190,13 @@ mod tests {
         net::{TcpListener, TcpStream},
         os::{
             fd::AsRawFd,
-            unix::net::{UnixDatagram, UnixListener, UnixStream},
+            linux::net::SocketAddrExt as _,
+            unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream},
         },
         time::Duration,
     };
+
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
 
     use super::*;
 
@@ -237,6 +254,27 @@ mod tests {
     }
 
     #[test]
+    fn a_unix_connection_is_a_reason_when_it_came_from_another_network_namespace() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("door");
+        let listener = UnixListener::bind(&path).unwrap();
+        let client = std::thread::scope(|scope| {
+            let outside = scope.spawn(|| {
+                // SAFETY: a network namespace of its own concerns no descriptor that this thread has in common with others.
+                let moved = unsafe { unshare_unsafe(UnshareFlags::NEWNET) };
+                moved.is_ok().then(|| UnixStream::connect(&path).unwrap())
+            });
+            outside.join().unwrap()
+        });
+        let Some(_client) = client else {
+            eprintln!("network namespaces cannot be made here");
+            return;
+        };
+        let (server, _) = listener.accept().unwrap();
+        assert_eq!(kinds(&owned(&[&listener, &server]), Policy::Keep, &[]), ["unix-peer"]);
+    }
+
+    #[test]
     fn a_unix_listener_is_a_reason_when_others_can_find_it() {
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("door")).unwrap();
@@ -247,5 +285,32 @@ mod tests {
         let mailbox = UnixDatagram::bind(directory.path().join("mailbox")).unwrap();
         assert_eq!(kinds(&owned(&[&mailbox]), Policy::Keep, &volume), ["unix-listener"]);
         assert!(lies_on(Path::new("door"), &volume), "where a relative path leads is not known");
+    }
+
+    #[test]
+    fn somebody_elses_client_that_waits_at_a_unix_listener_is_a_reason_also_when_it_has_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("door");
+        let listener = UnixListener::bind(&path).unwrap();
+        let client = UnixStream::connect(&path).unwrap();
+        assert_eq!(kinds(&owned(&[&listener]), Policy::Keep, &[]), ["queue"]);
+        assert!(kinds(&owned(&[&listener, &client]), Policy::Keep, &[]).is_empty());
+        drop(client);
+        assert_eq!(kinds(&owned(&[&listener]), Policy::Keep, &[]), ["queue"]);
+    }
+
+    #[test]
+    fn an_abstract_datagram_socket_is_a_reason_unless_it_hears_one_peer_alone() {
+        let name = format!("agentcube-test-mailbox-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).unwrap();
+        let mailbox = UnixDatagram::bind_addr(&address).unwrap();
+        let found = inspect(rustix::process::getpid(), &owned(&[&mailbox]), Policy::Keep, &[]).unwrap();
+        let pid = rustix::process::getpid();
+        assert_eq!(found.blockers, [Blocker::Mailbox { pid, address: format!("@{name}") }]);
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.connect_addr(&address).unwrap();
+        assert!(kinds(&owned(&[&sender, &mailbox]), Policy::Keep, &[]).contains(&"unix-datagram"));
+        mailbox.connect_addr(&address).unwrap();
+        assert!(kinds(&owned(&[&mailbox]), Policy::Keep, &[]).is_empty());
     }
 }

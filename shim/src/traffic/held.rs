@@ -35,6 +35,9 @@ pub(super) enum Kind {
     Datagram,
     /// Connections to an abstract unix address: the restored agent gets this very socket.
     Abstract,
+    /// Connections to a unix address with a path, which CRIU makes anew. They are seen until the agent's processes end, and
+    /// refused from there on.
+    Path,
 }
 
 /// A socket of the agent, held open by this process.
@@ -63,7 +66,10 @@ impl Held {
     pub(super) fn new(socket: OwnedFd, kind: Kind, inode: u64, place: Place) -> io::Result<Self> {
         let address = net::getsockname(&socket)?;
         let address = match SocketAddrUnix::try_from(address.clone()) {
-            Ok(unix) => format!("@{}", String::from_utf8_lossy(unix.abstract_name().unwrap_or_default())),
+            Ok(unix) => match unix.path_bytes() {
+                Some(path) => String::from_utf8_lossy(path).into_owned(),
+                None => format!("@{}", String::from_utf8_lossy(unix.abstract_name().unwrap_or_default())),
+            },
             Err(_) => SocketAddr::try_from(address)?.to_string(),
         };
         let stat = rustix::fs::fstat(&socket)?;
@@ -82,7 +88,7 @@ impl Held {
 
     /// Makes it ready to wait for the agent.
     pub(super) fn hold(&self) -> io::Result<()> {
-        if self.kind == Kind::Abstract {
+        if matches!(self.kind, Kind::Abstract | Kind::Path) {
             return Ok(());
         }
         // Sockets of one group have one owner and all say SO_REUSEPORT. The agent's new socket is made as root, and says
@@ -123,9 +129,8 @@ impl Kind {
         Ok(match kind {
             SocketType::STREAM if is_inet && listens => Some(Self::Stream),
             SocketType::DGRAM if is_inet && is_bound_udp()? => Some(Self::Datagram),
-            // One with a path is reached by others through a volume only.
-            SocketType::STREAM | SocketType::SEQPACKET if !is_inet && listens && is_abstract()? => {
-                Some(Self::Abstract)
+            SocketType::STREAM | SocketType::SEQPACKET if !is_inet && listens => {
+                Some(if is_abstract()? { Self::Abstract } else { Self::Path })
             }
             _ => None,
         })

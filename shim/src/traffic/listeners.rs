@@ -88,14 +88,16 @@ impl Listeners {
                     Err(error) => return Err(look(error)),
                 };
                 let Some(kind) = Kind::of(&socket).map_err(look)? else { continue };
-                if elsewhere {
+                if elsewhere && kind != Kind::Path {
                     return Err(TrafficError::Elsewhere(pid));
                 }
                 let place = Place { inner_pid, number: descriptor.number };
                 held.insert(inode, Held::new(socket, kind, inode, place).map_err(look)?);
             }
         }
-        let held: Vec<Held> = held.into_values().collect();
+        let mut held: Vec<Held> = held.into_values().collect();
+        // Those that are given up first come last: the watch knows the others by their places.
+        held.sort_by_key(|held| held.kind == Kind::Path);
         let mut namespace = None;
         if !held.is_empty() {
             let opened = File::open(format!("/proc/{init}/ns/net")).map_err(TrafficError::Migration)?;
@@ -182,7 +184,9 @@ impl Listeners {
     /// the sockets as they were.
     pub fn hold(&self) {
         let mut used = BTreeSet::new();
-        for held in &*self.lock() {
+        let mut all = self.lock();
+        all.retain(|held| held.kind != Kind::Path);
+        for held in &*all {
             if let Err(error) = held.hold() {
                 warn!(address = held.address, %error, "connections made in its sleep may be reset at its wake");
             }
@@ -266,11 +270,11 @@ mod tests {
         time::Duration,
     };
 
+    use criu_hooks::descriptors;
     use rustix::io::FdFlags;
 
     use super::*;
 
-    use criu_hooks::descriptors;
     /// A process that has inherited whatever is not closed on exec.
     fn heir(words: &[&str]) -> (Child, Pid) {
         let child = Command::new(words[0]).args(&words[1..]).spawn().unwrap();
