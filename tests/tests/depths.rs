@@ -6,7 +6,7 @@ mod sleeper;
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     net::{TcpStream, UdpSocket},
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -16,7 +16,7 @@ use std::{
 use agentcube_tests::{
     images::Image,
     memory,
-    node::{Agent, AgentSpec, Net, Node},
+    node::{self, Agent, AgentSpec, Net, Node},
 };
 use serde_json::Value;
 use sleeper::{SOON, agentcube, assert_refused, inspect, python, spec, start};
@@ -71,24 +71,7 @@ fn woke_for(node: &Node, agent: &Agent, cause: &str) {
 
 /// One request over a connection that stays open; gives back the answer's body.
 fn ask(connection: &mut TcpStream, path: &str) -> String {
-    connection.set_read_timeout(Some(SOON)).unwrap();
-    connection.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).unwrap();
-    let mut reader = BufReader::new(connection.try_clone().unwrap());
-    let (mut line, mut length) = (String::new(), 0);
-    loop {
-        line.clear();
-        assert_ne!(reader.read_line(&mut line).unwrap(), 0, "the connection has ended");
-        let lower = line.to_ascii_lowercase();
-        if let Some(value) = lower.strip_prefix("content-length:") {
-            length = value.trim().parse().unwrap();
-        }
-        if line.trim_end().is_empty() {
-            break;
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).unwrap();
-    String::from_utf8(body).unwrap()
+    node::ask(connection, "GET", path, "").unwrap().body
 }
 
 #[test]
@@ -332,6 +315,43 @@ child.wait()
     node.sh(&format!("echo hello > /proc/{}/fd/0", pid.trim())).unwrap();
     says(&node, &parent, "child hello");
     woke_for(&node, &parent, "traffic");
+}
+
+#[test]
+fn an_eventfd_wakes_who_reads_it_when_somebody_outside_of_the_container_writes_to_it() {
+    let node = start();
+    let text = "
+import os
+event = os.eventfd(0)
+assert event == 3
+os.eventfd_write(event, 5)
+kept = os.eventfd_read(event)
+print('ready')
+while True:
+    print('got', os.eventfd_read(event), 'kept', kept)
+";
+    let agent = run(&node, &program("event", text));
+    // Numbers of system calls: pidfd_open, pidfd_getfd.
+    let write = |number: u64| {
+        let pid = inspect(&node, "event")["pid"].as_u64().unwrap();
+        let text = format!(
+            "import ctypes, os; call = ctypes.CDLL(None).syscall; \
+             event = call(438, call(434, {pid}, 0), 3, 0); assert event >= 0; os.eventfd_write(event, {number})"
+        );
+        node.exec(&["python3", "-c", &text]).unwrap().check().unwrap();
+    };
+    for number in [7, 1 << 40] {
+        freezes_for_good(&node, &agent);
+        write(number);
+        says(&node, &agent, &format!("got {number} kept 5"));
+        woke_for(&node, &agent, "traffic");
+    }
+    agentcube(&node, &["sleep", "--depth", "checkpointed", "event"]).check().unwrap();
+    agentcube(&node, &["wake", "event"]).check().unwrap();
+    freezes_for_good(&node, &agent);
+    write(9);
+    says(&node, &agent, "got 9 kept 5");
+    assert_eq!(inspect(&node, "event")["wakes"], 4);
 }
 
 #[test]

@@ -5,14 +5,16 @@
 
 mod ballast;
 mod cycle;
+mod pod;
 
 use std::fs;
 use std::thread;
 use std::time::Duration;
 
 use agentcube_tests::images::Image;
+use agentcube_tests::kubelet::{Kubelet, PodSpec};
 use agentcube_tests::memory;
-use agentcube_tests::node::{Agent, AgentSpec, Node};
+use agentcube_tests::node::{Agent, AgentSpec, Node, Runtime, ask};
 use ballast::{BALLAST, agent_with_ballast, has_swap, limit, sleep_soon, value};
 use cycle::{SOON, agent, agentcube, cgroup, inspect, running, sleep_in_place, wake, wakes};
 
@@ -73,6 +75,70 @@ fn a_reclaimed_agent_gives_its_memory_back_and_traffic_wakes_it_with_every_byte(
         assert_eq!(told["last_wake"]["depth"], "reclaimed", "{told}");
     }
     agent.delete().unwrap();
+}
+
+#[test]
+fn a_connection_that_stays_open_serves_requests_before_and_after_its_agent_is_reclaimed() {
+    let Some(node) = node() else { return };
+    let (agent, digest) = agent_with_ballast(node, "open", 8208);
+    let mut open = agent.connect().unwrap();
+    assert_eq!(ask(&mut open, "GET", "/digest", "").unwrap().body, digest);
+    for turn in 1..=2 {
+        reclaim(node, &agent);
+        assert_eq!(ask(&mut open, "GET", "/digest", "").unwrap().body, digest);
+        assert_eq!(ask(&mut open, "GET", "/health", "").unwrap().body, "ok");
+        let told = inspect(node, &agent);
+        assert_eq!(
+            (&told["wakes"], &told["last_wake"]["cause"]),
+            (&turn.into(), &"traffic".into()),
+            "{told}"
+        );
+    }
+    assert!(ask(&mut open, "POST", "/chat", "hello").unwrap().body.contains("hello"));
+    agent.delete().unwrap();
+}
+
+#[test]
+fn the_containers_of_a_pod_are_reclaimed_as_one_and_whatever_wakes_one_wakes_all() {
+    let Some(node) = node() else { return };
+    let kubelet = Kubelet::on(node).unwrap();
+    let both = ["agent", "worker"];
+    let spec = PodSpec::new("reclaimed", Runtime::Agentcube)
+        .container(pod::agent("agent").env("BALLAST_MIB", &BALLAST))
+        .container(pod::agent("worker").env("BALLAST_MIB", &BALLAST).env("PORT", &8081));
+    let pod = kubelet.run(spec).unwrap();
+    let ports = [8080, 8081];
+    for port in ports {
+        pod.wait_healthy(port).unwrap();
+    }
+    let digest = |port| pod.http(port, "GET", "/digest", "").unwrap().body;
+    let digests = ports.map(digest);
+    let held = |name| {
+        let file = pod.cgroup().join(pod.id(name).unwrap()).join("memory.current");
+        fs::read_to_string(file).unwrap().trim().parse::<u64>().unwrap()
+    };
+    for waker in ["request", "command"] {
+        let before = both.map(held);
+        let asleep = || match pod::agentcube(node, pod.sandbox(), &["sleep", "--depth", "reclaimed"]) {
+            Err(reason) if reason.contains("at work") => Ok(false),
+            other => Ok(other.map(|_| true).unwrap()),
+        };
+        node.wait_until("the pod to fall asleep", SOON, asleep).unwrap();
+        thread::sleep(QUIET);
+        pod::assert_asleep(node, &pod, &both, "reclaimed");
+        let after = both.map(held);
+        println!("{before:?} bytes held before, {after:?} after");
+        assert!(before.iter().zip(after).all(|(before, after)| after + BALLAST * MIB * 3 / 4 < *before));
+        match waker {
+            "request" => assert_eq!(digest(8080), digests[0]),
+            _ => assert_eq!(pod.exec("worker", &["true"], SOON).unwrap().exit_code, 0),
+        }
+        let awake = || Ok(both.iter().all(|name| pod::state(node, &pod, name).0 == "running"));
+        node.wait_until("all to wake", SOON, awake).unwrap();
+        assert_eq!(ports.map(digest), digests);
+        pod::assert_awake(node, &pod, &both);
+    }
+    pod.remove().unwrap();
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! HTTP from the host to agents, through sockets made in the agent's network namespace.
 
 use std::fmt::Write as _;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::thread;
@@ -64,6 +64,33 @@ pub fn request(mut stream: TcpStream, method: &str, path: &str, body: &str) -> R
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).doing(doing)?;
     let answer = String::from_utf8_lossy(&answer).into_owned();
+    parse(&answer)
+        .ok_or_else(|| NodeError::Answer { what: format!("the answer to {} is not HTTP", doing()), answer })
+}
+
+/// Sends one request over a connection that stays open, and reads no more than its answer.
+///
+/// # Errors
+/// When the connection breaks or the answer is not HTTP with its length.
+pub fn ask(stream: &mut TcpStream, method: &str, path: &str, body: &str) -> Result<Reply> {
+    let doing = || format!("{method} {path} on an open connection");
+    let text =
+        format!("{method} {path} HTTP/1.1\r\nHost: agent\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    stream.write_all(text.as_bytes()).doing(doing)?;
+    let mut lines = BufReader::new(stream);
+    let mut answer = String::new();
+    while !answer.ends_with("\r\n\r\n") {
+        if lines.read_line(&mut answer).doing(doing)? == 0 {
+            return Err(NodeError::Answer { what: format!("{} was not answered in full", doing()), answer });
+        }
+    }
+    let length = answer.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
+    });
+    let mut bytes = vec![0; length.unwrap_or(0)];
+    lines.read_exact(&mut bytes).doing(doing)?;
+    answer.push_str(&String::from_utf8_lossy(&bytes));
     parse(&answer)
         .ok_or_else(|| NodeError::Answer { what: format!("the answer to {} is not HTTP", doing()), answer })
 }

@@ -37,7 +37,7 @@ pub use agents::{Agent, AgentSpec, Net, Runtime, Turn};
 pub use containerd::SHIM_TOML;
 pub use enter::{Entrance, enter};
 pub use error::{NodeError, Result};
-pub use http::{Reply, connect, request};
+pub use http::{Reply, ask, connect, request};
 pub use init::init;
 pub use leftovers::Leftovers;
 pub use process::{NodeCommand, Output, Spawned, TIMEOUT};
