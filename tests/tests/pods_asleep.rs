@@ -79,7 +79,10 @@ fn pods_sleep_and_wake_for_minutes_and_a_kubelet_sees_nothing_of_it() {
         .container(counter("counter"));
     let plain = spec("plain").container(agent("agent")).container(counter("counter"));
     let reference = PodSpec::new("reference", Runtime::Runc)
-        .container(agent("agent").liveness(healthy()).readiness(Probe::tcp(8080).every(SECOND)));
+        .init(ContainerSpec::script("first", "echo one"))
+        .init(agent("proxy").env("PORT", &8081).sidecar())
+        .container(agent("agent").liveness(healthy()).readiness(Probe::tcp(8080).every(SECOND)))
+        .container(counter("counter"));
     let (many, plain, reference) =
         (kubelet.run(many).unwrap(), kubelet.run(plain).unwrap(), kubelet.run(reference).unwrap());
     for pod in [&many, &plain, &reference] {
@@ -95,7 +98,7 @@ fn pods_sleep_and_wake_for_minutes_and_a_kubelet_sees_nothing_of_it() {
     assert!(report.failed_probes.is_empty(), "{report:#?}");
     assert!(report.probes > 10, "{report:#?}");
     assert!(cycles.iter().all(|count| *count > 4), "{cycles:?}");
-    for pod in [&many, &plain] {
+    for pod in [&many, &plain, &reference] {
         assert!(assert_counts(&lines(&pod.log("counter").unwrap(), "stdout")) > 10);
     }
     eprintln!(
