@@ -110,7 +110,7 @@ pub enum Probes {
     /// They wake it, as whatever comes.
     #[default]
     Wake,
-    /// TCP and HTTP probes are answered for it.
+    /// TCP, HTTP and gRPC probes are answered for it.
     Answer,
 }
 

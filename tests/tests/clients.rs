@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod calls;
 mod cycle;
 
 use std::net::TcpStream;
@@ -11,12 +12,12 @@ use std::time::{Duration, Instant};
 
 use agentcube_tests::images::Image;
 use agentcube_tests::node::{Agent, AgentSpec, Net, Node, NodeOptions};
-use bytes::{BufMut as _, Bytes, BytesMut};
+use calls::{channel, check};
 use cycle::{SOON, agent, agentcube, assert_asleep, inspect, sleep, sleep_in_place, start, wakes};
-use h2::client::SendRequest;
 use tungstenite::{Message, WebSocket};
 
 const PORT: u16 = 8500;
+const CLIENT: &str = "grpc-go/1.72";
 /// Long enough for an agent to wake that wakes for nothing.
 const QUIET: Duration = Duration::from_millis(600);
 
@@ -139,37 +140,6 @@ fn a_websocket_keeps_its_agent_from_a_checkpoint_as_long_as_bytes_flow() {
     says(&mut upgraded(&agent), 1, "again");
 }
 
-/// A connection of HTTP/2, over which any number of calls can be made.
-async fn channel(stream: TcpStream) -> SendRequest<Bytes> {
-    stream.set_nonblocking(true).unwrap();
-    let stream = tokio::net::TcpStream::from_std(stream).unwrap();
-    let (client, connection) = h2::client::handshake(stream).await.unwrap();
-    tokio::spawn(connection);
-    client
-}
-
-/// Asks gRPC's health service, and sees to it that the server serves.
-async fn check(client: &mut SendRequest<Bytes>) {
-    let request = http::Request::post("http://agent/grpc.health.v1.Health/Check")
-        .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())
-        .unwrap();
-    std::future::poll_fn(|context| client.poll_ready(context)).await.unwrap();
-    let (answer, mut sending) = client.send_request(request, false).unwrap();
-    // An empty message, not compressed.
-    sending.send_data(Bytes::from_static(&[0; 5]), true).unwrap();
-    let mut body = tokio::time::timeout(SOON, answer).await.unwrap().unwrap().into_body();
-    let mut bytes = BytesMut::new();
-    while let Some(chunk) = body.data().await {
-        bytes.put(chunk.unwrap());
-    }
-    // SERVING.
-    assert_eq!(bytes.as_ref(), [0, 0, 0, 0, 2, 8, 1]);
-    let trailers = body.trailers().await.unwrap().unwrap();
-    assert_eq!(trailers["grpc-status"], "0");
-}
-
 #[test]
 fn calls_of_grpc_wake_an_agent_on_open_and_on_new_channels() {
     let node = start();
@@ -178,13 +148,13 @@ fn calls_of_grpc_wake_an_agent_on_open_and_on_new_channels() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut open = channel(agent.connect().unwrap()).await;
-        check(&mut open).await;
+        check(&mut open, CLIENT).await;
         for depth in depths_in_place(&node) {
             for _ in 0..2 {
                 sleep_in_place(&node, &agent, depth);
-                check(&mut open).await;
+                check(&mut open, CLIENT).await;
                 sleep_in_place(&node, &agent, depth);
-                check(&mut channel(agent.connect().unwrap()).await).await;
+                check(&mut channel(agent.connect().unwrap()).await, CLIENT).await;
             }
         }
         drop(open);
@@ -194,10 +164,10 @@ fn calls_of_grpc_wake_an_agent_on_open_and_on_new_channels() {
             sleep(&node, &agent);
             let begun = Instant::now();
             let mut new = channel(agent.connect().unwrap()).await;
-            check(&mut new).await;
+            check(&mut new, CLIENT).await;
             println!("answered {:?} after the connect", begun.elapsed());
             // The channel that has woken it goes on.
-            check(&mut new).await;
+            check(&mut new, CLIENT).await;
         }
     });
     let told = inspect(&node, &agent);

@@ -17,16 +17,22 @@ use tokio::{
 };
 use tracing::{debug, info};
 
-use super::verdict::{LONGEST, Verdict, judge};
+use super::{
+    http2,
+    verdict::{LONGEST, Protocol, Verdict, judge},
+};
 
 /// Who says nothing for so long, and stays, is no probe. A kubelet sends its request at once, or closes at once.
 const SILENCE: Duration = Duration::from_millis(500);
 /// A probe has been understood by then.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// A gRPC probe, whose client has been sent settings, has been understood by then. Who has asked for nothing yet loses
+/// nothing by that, and a kubelet may be slow on a busy node.
+const PATIENCE_WHEN_GREETED: Duration = Duration::from_secs(3);
 /// When the connection of a client that has vanished is asked whether it still is one.
 const KEEPALIVE: Duration = Duration::from_mins(1);
 
-const ANSWER: &[u8] =
+const ASLEEP: &[u8] =
     b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 7\r\nConnection: close\r\n\r\nasleep\n";
 
 /// What passes the words of one on to the other.
@@ -37,18 +43,26 @@ type Direction<'direction> = Pin<&'direction mut (dyn Future<Output = io::Result
 enum Heard {
     /// To connect, and no more: a TCP probe.
     Nothing,
-    /// An answer to an HTTP probe.
-    HttpProbe,
+    /// These words in answer to a probe.
+    Answer(Protocol, Vec<u8>),
     /// The agent, to which it has said this.
-    Agent(Vec<u8>),
+    Agent(Said),
+}
+
+/// What a client has said to the shim.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Said {
+    bytes: Vec<u8>,
+    /// The client speaks HTTP/2, and has been sent settings.
+    greeted: bool,
 }
 
 /// Answers `client` if it is a probe, and else connects it to the agent in the network namespace `namespace`.
 pub(super) async fn attend(mut client: TcpStream, peer: SocketAddr, namespace: impl AsFd) {
     match hear(&mut client).await {
         Heard::Nothing => debug!(%peer, "TCP probe answered"),
-        Heard::HttpProbe => match answer(&mut client).await {
-            Ok(()) => debug!(%peer, "HTTP probe answered"),
+        Heard::Answer(protocol, words) => match answer(&mut client, &words).await {
+            Ok(()) => debug!(%peer, ?protocol, "probe answered"),
             Err(error) => debug!(%peer, %error, "the probe did not wait for its answer"),
         },
         Heard::Agent(said) => pass_on(client, peer, &said, namespace).await,
@@ -56,8 +70,8 @@ pub(super) async fn attend(mut client: TcpStream, peer: SocketAddr, namespace: i
 }
 
 /// Connects `client` to the agent, which gets what it has `said`, and all else that either says, until both have ended.
-pub(super) async fn pass_on(mut client: TcpStream, peer: SocketAddr, said: &[u8], namespace: impl AsFd) {
-    info!(%peer, bytes = said.len(), "no probe: it is connected to the agent");
+pub(super) async fn pass_on(mut client: TcpStream, peer: SocketAddr, said: &Said, namespace: impl AsFd) {
+    info!(%peer, bytes = said.bytes.len(), "no probe: it is connected to the agent");
     let passed = async {
         client.set_nodelay(true)?;
         sockopt::set_socket_keepalive(&client, true)?;
@@ -76,25 +90,44 @@ pub(super) async fn pass_on(mut client: TcpStream, peer: SocketAddr, said: &[u8]
 /// Listens to a client until it is clear what it wants.
 async fn hear(client: &mut TcpStream) -> Heard {
     let begun = Instant::now();
-    let mut said = Vec::new();
+    let mut said = Said::default();
     let mut buffer = vec![0; LONGEST];
     loop {
-        let until = (Instant::now() + SILENCE).min(begun + PATIENCE);
+        let until = if said.greeted {
+            begun + PATIENCE_WHEN_GREETED
+        } else {
+            (Instant::now() + SILENCE).min(begun + PATIENCE)
+        };
         match timeout_at(until, client.read(&mut buffer)).await {
-            Ok(Ok(0) | Err(_)) if said.is_empty() => return Heard::Nothing,
+            Ok(Ok(0) | Err(_)) if said.bytes.is_empty() => return Heard::Nothing,
             Ok(Ok(0) | Err(_)) | Err(_) => return Heard::Agent(said),
-            Ok(Ok(length)) => said.extend(&buffer[..length]),
+            Ok(Ok(length)) => said.bytes.extend(&buffer[..length]),
         }
-        match judge(&said) {
+        match judge(&said.bytes) {
             Verdict::Unclear => {}
-            Verdict::HttpProbe => return Heard::HttpProbe,
+            Verdict::Greet if said.greeted => {}
+            Verdict::Greet => {
+                said.greeted = true;
+                // Whoever is gone is found to be so by the next read.
+                let _ = client.write_all(http2::SETTINGS).await;
+            }
+            Verdict::Probe(protocol) => return Heard::Answer(protocol, words(protocol, said.greeted)),
             Verdict::Other => return Heard::Agent(said),
         }
     }
 }
 
-async fn answer(client: &mut TcpStream) -> io::Result<()> {
-    client.write_all(ANSWER).await?;
+/// What a probe is answered, whose client has been `greeted` or not.
+fn words(protocol: Protocol, greeted: bool) -> Vec<u8> {
+    match protocol {
+        Protocol::Http => ASLEEP.to_vec(),
+        Protocol::Grpc if greeted => http2::SERVING.to_vec(),
+        Protocol::Grpc => [http2::SETTINGS, http2::SERVING].concat(),
+    }
+}
+
+async fn answer(client: &mut TcpStream, words: &[u8]) -> io::Result<()> {
+    client.write_all(words).await?;
     client.shutdown().await?;
     // To close before the client does would be a reset, should it still send something.
     let _ = timeout(PATIENCE, tokio::io::copy(client, &mut tokio::io::sink())).await;
@@ -102,15 +135,21 @@ async fn answer(client: &mut TcpStream) -> io::Result<()> {
 }
 
 /// Passes what either says on to the other, and each end, until both have ended.
-async fn join(client: &mut TcpStream, agent: &mut TcpStream, said: &[u8]) -> io::Result<()> {
+async fn join(client: &mut TcpStream, agent: &mut TcpStream, said: &Said) -> io::Result<()> {
     let (mut from_client, mut to_client) = client.split();
     let (mut from_agent, mut to_agent) = agent.split();
     let mut up = pin!(async {
-        to_agent.write_all(said).await?;
+        let mut from_client = said.bytes.chain(&mut from_client);
+        if said.greeted {
+            http2::pass_on(&mut from_client, &mut to_agent).await?;
+        }
         tokio::io::copy(&mut from_client, &mut to_agent).await?;
         to_agent.shutdown().await
     });
     let mut down = pin!(async {
+        if said.greeted {
+            http2::pass_settings_on(&mut from_agent, &mut to_client).await?;
+        }
         tokio::io::copy(&mut from_agent, &mut to_client).await?;
         to_client.shutdown().await
     });
@@ -162,6 +201,8 @@ async fn connect(namespace: impl AsFd, address: SocketAddr) -> io::Result<TcpStr
 mod tests {
     use std::fs::File;
 
+    use bytes::Bytes;
+    use http::HeaderMap;
     use tokio::net::TcpListener;
 
     use super::*;
@@ -185,7 +226,7 @@ mod tests {
     async fn who_stays_and_says_nothing_wants_the_agent() {
         let (_client, mut served, _listener) = pair().await;
         let begun = Instant::now();
-        assert_eq!(hear(&mut served).await, Heard::Agent(Vec::new()));
+        assert_eq!(hear(&mut served).await, Heard::Agent(Said::default()));
         assert!(begun.elapsed() < PATIENCE);
     }
 
@@ -200,7 +241,7 @@ mod tests {
             }
         });
         let heard = hear(&mut served).await;
-        assert!(matches!(&heard, Heard::Agent(said) if said.starts_with(b"GET /a")), "{heard:?}");
+        assert!(matches!(&heard, Heard::Agent(said) if said.bytes.starts_with(b"GET /a")), "{heard:?}");
         assert!((PATIENCE..PATIENCE * 3).contains(&begun.elapsed()));
         slow.abort();
     }
@@ -256,6 +297,103 @@ mod tests {
         client.read_to_string(&mut text).await.unwrap();
         assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("\r\n\r\nasleep\n"), "{text}");
         drop(client);
+        attended.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_speaks_http_2_is_greeted_once_and_is_heard_until_it_is_clear_what_it_wants() {
+        let (mut client, mut served, _listener) = pair().await;
+        let heard = tokio::spawn(async move { (hear(&mut served).await, served) });
+        let settings = [http2::PREFACE, http2::SETTINGS].concat();
+        client.write_all(&settings).await.unwrap();
+        let mut greeting = vec![0; http2::SETTINGS.len()];
+        client.read_exact(&mut greeting).await.unwrap();
+        assert_eq!(greeting, http2::SETTINGS);
+        // An acknowledgement, half of a frame, and nothing more.
+        let more = [0, 0, 0, 4, 1, 0, 0, 0, 0, 0, 0];
+        client.write_all(&more).await.unwrap();
+        let (heard, mut served) = heard.await.unwrap();
+        let bytes = [settings.as_slice(), &more].concat();
+        assert_eq!(heard, Heard::Agent(Said { bytes, greeted: true }));
+        served.write_all(b"!").await.unwrap();
+        assert_eq!(client.read_u8().await.unwrap(), b'!', "it was greeted twice");
+    }
+
+    /// A client of gRPC with a connection of its own, which goes on as long as it does.
+    async fn call(client: TcpStream, path: &str, agent: &str, body: Bytes) -> (Bytes, HeaderMap) {
+        let (mut calls, connection) = h2::client::handshake(client).await.unwrap();
+        // A kubelet waits for the settings of the server.
+        let greeted = tokio::spawn(connection);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let request = http::Request::post(format!("http://agent{path}"))
+            .header("content-type", "application/grpc")
+            .header("user-agent", agent)
+            .body(())
+            .unwrap();
+        let (answer, mut sending) = calls.send_request(request, false).unwrap();
+        sending.send_data(body, true).unwrap();
+        let mut body = answer.await.unwrap().into_body();
+        let mut answer = Vec::new();
+        while let Some(chunk) = body.data().await {
+            let chunk = chunk.unwrap();
+            body.flow_control().release_capacity(chunk.len()).unwrap();
+            answer.extend(chunk);
+        }
+        let trailers = body.trailers().await.unwrap().unwrap();
+        drop((calls, body, sending));
+        greeted.await.unwrap().unwrap();
+        (answer.into(), trailers)
+    }
+
+    #[tokio::test]
+    async fn a_probe_of_grpc_is_answered_that_it_serves() {
+        let (client, served, _listener) = pair().await;
+        let namespace = File::open("/proc/self/ns/net").unwrap();
+        let peer = client.local_addr().unwrap();
+        let attended = tokio::spawn(async move { attend(served, peer, &namespace).await });
+        let path = "/grpc.health.v1.Health/Check";
+        let (answer, trailers) =
+            call(client, path, "kube-probe/1.36 grpc-go/1.72", Bytes::from_static(&[0; 5])).await;
+        assert_eq!(*answer, [0, 0, 0, 0, 2, 8, 1]);
+        assert_eq!(trailers["grpc-status"], "0");
+        attended.await.unwrap();
+    }
+
+    /// The agent of this test has settings of its own, and answers with what it has heard.
+    #[tokio::test]
+    async fn another_call_reaches_the_agent_whole_over_the_same_connection() {
+        let (client, served, listener) = pair().await;
+        let namespace = File::open("/proc/self/ns/net").unwrap();
+        let peer = client.local_addr().unwrap();
+        let attended = tokio::spawn(async move { attend(served, peer, &namespace).await });
+        let agent = tokio::spawn(async move {
+            let (agent, _) = listener.accept().await.unwrap();
+            let mut settings = h2::server::Builder::new();
+            settings.initial_window_size(1000).max_frame_size(20_000).max_concurrent_streams(1);
+            let mut connection = settings.handshake::<_, Bytes>(agent).await.unwrap();
+            let (request, mut respond) = connection.accept().await.unwrap().unwrap();
+            assert_eq!(request.uri().path(), "/agent/Ask");
+            tokio::spawn(async move {
+                let mut body = request.into_body();
+                let mut answer = respond.send_response(http::Response::new(()), false).unwrap();
+                while let Some(chunk) = body.data().await {
+                    let chunk = chunk.unwrap();
+                    body.flow_control().release_capacity(chunk.len()).unwrap();
+                    answer.send_data(chunk, false).unwrap();
+                }
+                let trailers = HeaderMap::from_iter([(
+                    http::HeaderName::from_static("grpc-status"),
+                    "0".parse().unwrap(),
+                )]);
+                answer.send_trailers(trailers).unwrap();
+            });
+            while connection.accept().await.is_some() {}
+        });
+        let large: Bytes = (0..1_000_000u32).map(|number| number.to_le_bytes()[0]).collect();
+        let (answer, trailers) = call(client, "/agent/Ask", "grpc-go/1.72", large.clone()).await;
+        assert!(answer == large, "{} bytes came back of {}", answer.len(), large.len());
+        assert_eq!(trailers["grpc-status"], "0");
+        agent.await.unwrap();
         attended.await.unwrap();
     }
 }

@@ -9,6 +9,8 @@
 //! gives it all of them.
 
 mod attend;
+mod hpack;
+mod http2;
 mod sources;
 mod verdict;
 mod visit;
@@ -88,7 +90,7 @@ impl Answering {
                     attend::attend(client, peer, namespace).await;
                 } else {
                     // It has reset its connection between the two looks. What it said before is the agent's.
-                    attend::pass_on(client, peer, &[], namespace).await;
+                    attend::pass_on(client, peer, &attend::Said::default(), namespace).await;
                 }
                 drop(permit);
             });

@@ -1,10 +1,12 @@
 //! What a client from a probe's address has sent: is it a probe?
 
+use super::http2;
+
 /// The longest request that may be a probe.
 pub(super) const LONGEST: usize = 8 << 10;
 
-/// Begins the user agent of every HTTP probe of a kubelet.
-const USER_AGENT: &[u8] = b"kube-probe/";
+/// Begins the user agent of every HTTP and gRPC probe of a kubelet.
+pub(super) const USER_AGENT: &[u8] = b"kube-probe/";
 const METHOD: &[u8] = b"GET ";
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
 /// Headers of requests that have more to them than a head, or want more than an answer.
@@ -15,22 +17,40 @@ const TELLTALE: [&[u8]; 4] = [b"content-length", b"transfer-encoding", b"upgrade
 pub(super) enum Verdict {
     /// It may become a probe.
     Unclear,
-    /// A whole HTTP probe, and nothing but that.
-    HttpProbe,
+    /// It may become one when its client has the settings of the server.
+    Greet,
+    /// A whole probe, and nothing but that.
+    Probe(Protocol),
     /// Something for the agent.
     Other,
 }
 
+/// What a probe is asked in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Protocol {
+    Http,
+    Grpc,
+}
+
 /// Judges what a client has sent so far.
 pub(super) fn judge(sent: &[u8]) -> Verdict {
+    let verdict = if sent.starts_with(&http2::PREFACE[..1]) { http2::judge(sent) } else { judge_http(sent) };
+    match verdict {
+        Verdict::Unclear | Verdict::Greet if sent.len() >= LONGEST => Verdict::Other,
+        verdict => verdict,
+    }
+}
+
+fn judge_http(sent: &[u8]) -> Verdict {
     let compared = sent.len().min(METHOD.len());
     if sent[..compared] != METHOD[..compared] {
         return Verdict::Other;
     }
     match find(sent, END_OF_HEAD) {
-        None if sent.len() >= LONGEST => Verdict::Other,
         None => Verdict::Unclear,
-        Some(end) if end + END_OF_HEAD.len() == sent.len() && is_probe(&sent[..end]) => Verdict::HttpProbe,
+        Some(end) if end + END_OF_HEAD.len() == sent.len() && is_probe(&sent[..end]) => {
+            Verdict::Probe(Protocol::Http)
+        }
         Some(_) => Verdict::Other,
     }
 }
@@ -73,16 +93,20 @@ mod tests {
         for length in 0..PROBE.len() {
             assert_eq!(judge(&PROBE[..length]), Verdict::Unclear, "{length}");
         }
-        assert_eq!(judge(PROBE), Verdict::HttpProbe);
-        assert_eq!(judge(b"GET / HTTP/1.0\r\nuser-agent:kube-probe/\r\n\r\n"), Verdict::HttpProbe);
+        assert_eq!(judge(PROBE), Verdict::Probe(Protocol::Http));
+        assert_eq!(
+            judge(b"GET / HTTP/1.0\r\nuser-agent:kube-probe/\r\n\r\n"),
+            Verdict::Probe(Protocol::Http)
+        );
     }
 
     #[test]
     fn whatever_else_comes_is_for_the_agent() {
         for other in [
-            &b"P"[..],
+            &b"D"[..],
+            b"PO",
             b"GEX",
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nGET / HTTP/1.1\r\n\r\n          ",
             b"\x16\x03\x01",
             b"GET / HTTP/1.1\r\nUser-Agent: curl/8\r\n\r\n",
             b"GET / HTTP/1.1\r\nX-User-Agent: kube-probe/1.33\r\n\r\n",
@@ -97,8 +121,11 @@ mod tests {
             assert_eq!(judge(other), Verdict::Other, "{}", String::from_utf8_lossy(other));
         }
         assert_eq!(judge(&[PROBE, b"GET"].concat()), Verdict::Other, "a second request");
-        let long = [b"GET /".to_vec(), vec![b'a'; LONGEST]].concat();
-        assert_eq!(judge(&long), Verdict::Other);
+        for begin in [&b"GET /"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\x1f\xff"] {
+            let long = [begin, &[b'a'; LONGEST]].concat();
+            assert_eq!(judge(&long[..LONGEST - 1]), Verdict::Unclear);
+            assert_eq!(judge(&long), Verdict::Other);
+        }
     }
 
     proptest! {
@@ -111,7 +138,7 @@ mod tests {
         ) {
             let bytes = bytes.as_bytes();
             let part = judge(&bytes[..cut.index(bytes.len() + 1)]);
-            prop_assert!(part == Verdict::Unclear || part == judge(bytes) || part == Verdict::HttpProbe);
+            prop_assert!(part == Verdict::Unclear || part == judge(bytes) || part == Verdict::Probe(Protocol::Http));
         }
     }
 }
