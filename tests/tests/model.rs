@@ -122,6 +122,8 @@ struct Run<'node> {
     agent: Agent<'node>,
     model: Model,
     turns: u64,
+    /// A client has paused it in its sleep: no traffic wakes it until another request does.
+    deaf: bool,
     /// Whether there is anything to reclaim to.
     swap: bool,
     history: Vec<Operation>,
@@ -162,6 +164,7 @@ impl Run<'_> {
 
     fn perform(&mut self, operation: Operation) {
         self.history.push(operation);
+        self.deaf &= self.model != Model::Awake;
         match operation {
             Operation::Sleep(depth) => self.sleep(depth, &["--depth", depth]),
             Operation::Deepest => self.sleep("checkpointed", &["--or-shallower"]),
@@ -171,8 +174,9 @@ impl Run<'_> {
             }
             Operation::Pause => {
                 self.expect(&self.ctr(&["task", "pause", "a"]), true);
-                // Of a checkpointed agent it changes nothing.
-                if !matches!(self.model, Model::Asleep("checkpointed")) {
+                // A checkpointed agent sleeps on.
+                self.deaf = matches!(self.model, Model::Asleep("checkpointed"));
+                if !self.deaf {
                     self.model = Model::Paused;
                 }
             }
@@ -182,14 +186,19 @@ impl Run<'_> {
                 self.model = Model::Awake;
             }
             // A paused one does not answer.
-            Operation::Ask | Operation::Tell | Operation::Burst if self.model == Model::Paused => {}
+            Operation::Ask | Operation::Tell | Operation::Burst
+                if self.deaf || self.model == Model::Paused => {}
             Operation::Ask => {
-                assert_eq!(self.agent.turn().unwrap(), self.turns);
+                let turn =
+                    self.agent.turn().unwrap_or_else(|error| panic!("{error} after {:?}", self.history));
+                assert_eq!(turn, self.turns);
                 self.model = Model::Awake;
             }
             Operation::Tell => {
                 self.turns += 1;
-                assert_eq!(self.agent.chat("remember this").unwrap().turn, self.turns);
+                let told = self.agent.chat("remember this");
+                let told = told.unwrap_or_else(|error| panic!("{error} after {:?}", self.history));
+                assert_eq!(told.turn, self.turns);
                 self.model = Model::Awake;
             }
             Operation::Burst => {
@@ -344,7 +353,8 @@ fn whatever_is_done_to_an_agent_in_whatever_order_it_is_as_its_model_and_forgets
     println!("AGENTCUBE_MODEL_SEED={seed}");
     let mut random = Random(seed);
     let swap = node.read_file("/proc/swaps").unwrap().lines().count() > 1;
-    let mut run = Run { node: &node, agent, model: Model::Awake, turns: 0, swap, history: Vec::new() };
+    let mut run =
+        Run { node: &node, agent, model: Model::Awake, turns: 0, deaf: false, swap, history: Vec::new() };
     let begun = Instant::now();
     while begun.elapsed() < time || run.history.len() < LEAST {
         run.perform(OPERATIONS[random.next(OPERATIONS.len())]);
