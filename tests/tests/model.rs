@@ -47,13 +47,15 @@ enum Operation {
     Quarrel(&'static str),
     /// A sleep and a command at the same time.
     ExecAmid(&'static str),
+    /// A sleep and a signal at the same time.
+    SignalAmid(&'static str),
     /// A sleep and the end at the same time.
     KillAmid(&'static str),
     /// A sleep, or a wake of one that sleeps, while containerd ends and begins anew.
     RestartAmid(&'static str),
 }
 
-const OPERATIONS: [Operation; 33] = [
+const OPERATIONS: [Operation; 35] = [
     Operation::Sleep("frozen"),
     Operation::Sleep("frozen"),
     Operation::Sleep("reclaimed"),
@@ -83,6 +85,8 @@ const OPERATIONS: [Operation; 33] = [
     Operation::Quarrel("checkpointed"),
     Operation::ExecAmid("frozen"),
     Operation::ExecAmid("checkpointed"),
+    Operation::SignalAmid("frozen"),
+    Operation::SignalAmid("checkpointed"),
     Operation::KillAmid("frozen"),
     Operation::KillAmid("checkpointed"),
     Operation::RestartAmid("frozen"),
@@ -220,8 +224,7 @@ impl Run<'_> {
             }
             Operation::Signal if self.model == Model::Paused => {}
             Operation::Signal => {
-                // It does nothing to the agent but has to reach it.
-                let sent = self.ctr(&["task", "kill", "--signal", "SIGCONT", "a"]);
+                let sent = self.signal();
                 self.needs(&sent);
             }
             Operation::Kill => self.kill(),
@@ -229,6 +232,7 @@ impl Run<'_> {
             Operation::Race(depth) => self.race(depth),
             Operation::Quarrel(depth) => self.quarrel(depth),
             Operation::ExecAmid(depth) => self.exec_amid(depth),
+            Operation::SignalAmid(depth) => self.signal_amid(depth),
             Operation::KillAmid(depth) => self.kill_amid(depth),
             Operation::RestartAmid(depth) => self.restart_amid(depth),
         }
@@ -245,6 +249,24 @@ impl Run<'_> {
         self.agent = self.node.run_agent(&python("a")).unwrap();
         self.agent.wait_healthy().unwrap();
         (self.model, self.turns) = (Model::Awake, 0);
+    }
+
+    /// A signal that does nothing to the agent but has to reach it.
+    fn signal(&self) -> Output {
+        self.ctr(&["task", "kill", "--signal", "SIGCONT", "a"])
+    }
+
+    fn signal_amid(&mut self, depth: &'static str) {
+        if self.model != Model::Awake {
+            return;
+        }
+        let sent = std::thread::scope(|scope| {
+            let sent = scope.spawn(|| self.signal());
+            agentcube(self.node, &["sleep", "--depth", depth, "a"]);
+            sent.join().unwrap()
+        });
+        sent.check().unwrap();
+        self.follow();
     }
 
     fn exec_amid(&mut self, depth: &'static str) {
