@@ -56,7 +56,9 @@ fn an_attached_reader_misses_nothing_and_sees_nothing_twice_over_many_cycles() {
 #[test]
 fn megabytes_in_flight_arrive_whole_in_a_log() {
     let node = start();
-    let agent = node.run_agent(&flood("f")).unwrap();
+    // Timers that count would have it given time to come to a wait before each sleep.
+    let spec = flood("f").annotation("agentcube.volcano.sh/timers", "resume");
+    let agent = node.run_agent(&spec).unwrap();
     let mut cycles = 0;
     while counted(&agent.log().unwrap()) < FLOOD as usize {
         cycle(&node, &agent);
