@@ -19,7 +19,7 @@ use agentcube_tests::{
     node::{self, Agent, AgentSpec, Net, Node},
 };
 use serde_json::Value;
-use sleeper::{SOON, agentcube, assert_refused, inspect, python, spec, start};
+use sleeper::{SOON, agentcube, assert_refused, inspect, python, run_ready, says, spec, start};
 
 /// Long enough for an agent to wake that wakes for nothing.
 const QUIET: Duration = Duration::from_millis(600);
@@ -27,19 +27,6 @@ const QUIET: Duration = Duration::from_millis(600);
 /// A python program in a container with a network of its own.
 fn program(id: &str, text: &str) -> AgentSpec {
     python(id).args(&["python3", "-u", "-c", text])
-}
-
-/// Starts a program and waits until it says that it is ready.
-fn run<'node>(node: &'node Node, spec: &AgentSpec) -> Agent<'node> {
-    let agent = node.run_agent(spec).unwrap();
-    says(node, &agent, "ready");
-    agent
-}
-
-fn says(node: &Node, agent: &Agent, word: &str) {
-    let said =
-        node.wait_until(&format!("{} to say {word:?}", agent.id()), SOON, || Ok(agent.log()?.contains(word)));
-    said.unwrap_or_else(|error| panic!("{error}: {:?}", agent.log()));
 }
 
 fn freeze(node: &Node, agent: &Agent) {
@@ -164,13 +151,13 @@ print('ready')
 server.serve_forever(poll_interval=None)
 ";
     let node = start();
-    let accept = run(&node, &program("accept", ACCEPT));
+    let accept = run_ready(&node, &program("accept", ACCEPT));
     for _ in 0..3 {
         freezes_for_good(&node, &accept);
         assert_eq!(accept.http("GET", "/", "").unwrap().body, "ok");
         woke_for(&node, &accept, "traffic");
     }
-    let threaded = run(&node, &program("threaded", THREADED));
+    let threaded = run_ready(&node, &program("threaded", THREADED));
     let mut open = threaded.connect().unwrap();
     assert_eq!(ask(&mut open, "/"), "ok");
     for _ in 0..3 {
@@ -208,7 +195,7 @@ fn timers_wake_an_agent_in_time_however_it_waits_for_them() {
         after("alarm", "signal.signal(signal.SIGALRM, lambda *_: None); signal.alarm(4); signal.pause()"),
     ];
     for (id, text) in waits {
-        let agent = run(&node, &program(&id, &text));
+        let agent = run_ready(&node, &program(&id, &text));
         // Twice: a wait that was interrupted once goes on under another number.
         freeze(&node, &agent);
         agentcube(&node, &["wake", &id]).check().unwrap();
@@ -236,7 +223,7 @@ fn timers_wake_an_agent_in_time_however_it_waits_for_them() {
 fn a_time_limit_that_the_kernel_begins_anew_is_served_once_it_has_come() {
     let node = start();
     let text = "import select\nprint('ready')\nselect.select([], [], [], 5)\nprint('over')\nselect.select([], [], [])";
-    let agent = run(&node, &program("select", text));
+    let agent = run_ready(&node, &program("select", text));
     freeze(&node, &agent);
     woke_for(&node, &agent, "timer");
     // The time that it stood still does not count for the kernel. It is not kept from its timer for ever.
@@ -252,7 +239,7 @@ fn a_time_limit_that_the_kernel_begins_anew_is_served_once_it_has_come() {
 fn pipes_files_and_children_wake_an_agent_and_unread_input_does_not() {
     let node = start();
     // Both ends of the pipe are the agent's own: it is written to from outside by way of /proc.
-    let reader = run(
+    let reader = run_ready(
         &node,
         &program(
             "pipe",
@@ -273,7 +260,7 @@ os.read(r, 10)
     says(&node, &reader, "got b'hello'");
     woke_for(&node, &reader, "traffic");
 
-    let watcher = run(
+    let watcher = run_ready(
         &node,
         &program(
             "inotify",
@@ -296,7 +283,7 @@ os.read(fd, 1000)
     says(&node, &watcher, "changed");
     woke_for(&node, &watcher, "traffic");
 
-    let parent = run(
+    let parent = run_ready(
         &node,
         &program(
             "child",
@@ -330,7 +317,7 @@ print('ready')
 while True:
     print('got', os.eventfd_read(event), 'kept', kept)
 ";
-    let agent = run(&node, &program("event", text));
+    let agent = run_ready(&node, &program("event", text));
     // Numbers of system calls: pidfd_open, pidfd_getfd.
     let write = |number: u64| {
         let pid = inspect(&node, "event")["pid"].as_u64().unwrap();
@@ -371,7 +358,7 @@ fn signals_wake_an_agent_whichever_thread_waits_for_them_and_however() {
         let text = format!(
             "import signal, threading, time\n{prepare}\nprint('ready')\n{wait}\nprint('served')\n{wait}"
         );
-        let agent = run(&node, &program(id, &text));
+        let agent = run_ready(&node, &program(id, &text));
         thread::sleep(Duration::from_millis(200));
         freezes_for_good(&node, &agent);
         let pid = inspect(&node, id)["pid"].as_u64().unwrap();
@@ -391,7 +378,7 @@ def serve():
     time.sleep(1000)
 threading.Thread(target=serve).start()
 time.sleep(1000)";
-    let agent = run(&node, &program("directed", text));
+    let agent = run_ready(&node, &program("directed", text));
     thread::sleep(Duration::from_millis(200));
     freezes_for_good(&node, &agent);
     let pid = inspect(&node, "directed")["pid"].as_u64().unwrap();
@@ -434,7 +421,7 @@ ctypes.CDLL(None).syscall(60, 0)
         ),
     ];
     for (id, text, why) in waits {
-        let agent = run(&node, &program(id, &text));
+        let agent = run_ready(&node, &program(id, &text));
         thread::sleep(Duration::from_millis(200));
         assert_refused(&agentcube(&node, &["sleep", "--depth", "frozen", id]), &[why]);
         assert!(!is_asleep(&node, &agent));
@@ -454,7 +441,7 @@ try: a.recv(1)
 except BlockingIOError: print('over')
 a.recv(1)
 ";
-    let agent = run(&node, &program("limit", text));
+    let agent = run_ready(&node, &program("limit", text));
     thread::sleep(Duration::from_millis(200));
     freeze(&node, &agent);
     thread::sleep(QUIET);
@@ -465,7 +452,7 @@ a.recv(1)
 #[test]
 fn an_agent_that_is_at_work_is_not_put_to_sleep() {
     let node = start();
-    let busy = run(&node, &program("busy", "print('ready')\nwhile True: pass"));
+    let busy = run_ready(&node, &program("busy", "print('ready')\nwhile True: pass"));
     let refused = agentcube(&node, &["sleep", "--depth", "frozen", "busy"]);
     assert_refused(&refused, &["at work", "python3"]);
     assert!(!is_asleep(&node, &busy));
@@ -497,7 +484,7 @@ while True:
     c.close()
 ";
     let node = start();
-    let agent = run(&node, &program("a", ACCEPT).net(Net::Host));
+    let agent = run_ready(&node, &program("a", ACCEPT).net(Net::Host));
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let others = scope.spawn(|| node.inside(|| chatter(Duration::from_millis(4), &stop)).unwrap());
@@ -728,7 +715,7 @@ os.waitpid(child, 0)
 print('told')
 time.sleep(1000)
 ";
-    let agent = run(&node, &program("debugged", debugged));
+    let agent = run_ready(&node, &program("debugged", debugged));
     assert_refused(&agentcube(&node, &["sleep", "debugged"]), &["debugger"]);
     freezes_for_good(&node, &agent);
     agentcube(&node, &["wake", "debugged"]).check().unwrap();

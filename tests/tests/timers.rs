@@ -14,7 +14,7 @@ use agentcube_tests::{
     node::{Agent, AgentSpec, Node},
 };
 use serde_json::Value;
-use sleeper::{SOON, agentcube, assert_refused, inspect, on_node, python, spec, start_with};
+use sleeper::{SOON, agentcube, assert_refused, inspect, on_node, python, run_ready, says, spec, start_with};
 
 /// What the waits below share: times are told in milliseconds of the wall clock, which no sleep stops.
 const PROGRAM: &str = r"
@@ -88,19 +88,6 @@ fn waiting(id: &str, wait: &str, seconds: u64) -> AgentSpec {
     python(id).args(&["python3", "-u", "-c", &PROGRAM.replace("WAIT\n", &format!("{wait}\n"))])
 }
 
-/// Starts an agent and waits until it waits.
-fn run<'node>(node: &'node Node, spec: &AgentSpec) -> Agent<'node> {
-    let agent = node.run_agent(spec).unwrap();
-    says(node, &agent, "ready");
-    agent
-}
-
-fn says(node: &Node, agent: &Agent, word: &str) {
-    let said =
-        node.wait_until(&format!("{} to say {word:?}", agent.id()), SOON, || Ok(agent.log()?.contains(word)));
-    said.unwrap_or_else(|error| panic!("{error}: {:?}", agent.log()));
-}
-
 fn sleep(node: &Node, id: &str) {
     agentcube(node, &["sleep", "--depth", "checkpointed", id]).check().unwrap();
 }
@@ -165,7 +152,7 @@ fn a_timer_of_each_kind_wakes_a_checkpointed_agent_in_time() {
     let node = start_with("timer_horizon_seconds = 2\n");
     let waits: Vec<_> = WAITS.into_iter().filter(|(id, _)| *id != "timerfd-often").collect();
     each(&waits, |id, wait| {
-        let agent = run(&node, &waiting(id, wait, 8));
+        let agent = run_ready(&node, &waiting(id, wait, 8));
         sleep(&node, id);
         thread::sleep(Duration::from_secs(1));
         let now = inspect(&node, id);
@@ -180,7 +167,7 @@ fn a_timer_of_each_kind_wakes_a_checkpointed_agent_in_time() {
 fn time_asleep_counts_after_a_wake_in_the_middle() {
     let node = start_with("timer_horizon_seconds = 60\n");
     each(&WAITS, |id, wait| {
-        let agent = run(&node, &waiting(id, wait, 10));
+        let agent = run_ready(&node, &waiting(id, wait, 10));
         sleep(&node, id);
         thread::sleep(Duration::from_secs(5));
         assert!(is_asleep(&node, id), "{id} was woken");
@@ -196,7 +183,7 @@ fn time_asleep_counts_after_a_wake_in_the_middle() {
 fn what_was_due_in_its_sleep_comes_at_once_after_the_wake() {
     let node = start_with("timer_horizon_seconds = 60\n");
     each(&WAITS, |id, wait| {
-        let agent = run(&node, &waiting(id, wait, 4));
+        let agent = run_ready(&node, &waiting(id, wait, 4));
         let since = Instant::now();
         sleep(&node, id);
         thread::sleep(Duration::from_secs(6));
@@ -214,7 +201,7 @@ fn a_wait_that_was_interrupted_before_ends_in_time_after_several_sleeps_of_eithe
     each(
         &of(&["told", "untold", "poll", "ppoll", "select", "lock", "futex", "epoll", "timerfd"]),
         |id, wait| {
-            let agent = run(&node, &waiting(id, wait, 14));
+            let agent = run_ready(&node, &waiting(id, wait, 14));
             let pause = || thread::sleep(Duration::from_millis(700));
             // The kernel goes on with an interrupted call under another number.
             agentcube(&node, &["sleep", "--depth", "frozen", id]).check().unwrap();
@@ -250,7 +237,7 @@ fn whoever_waits_in_memory_that_comes_after_the_wake_waits_for_what_is_left() {
         )
     };
     each(&of(&["told", "select"]), |id, wait| {
-        let agent = run(&node, &waiting(id, &in_thread(wait), 9));
+        let agent = run_ready(&node, &waiting(id, &in_thread(wait), 9));
         says(&node, &agent, "waits");
         for _ in 0..2 {
             sleep(&node, id);
@@ -268,7 +255,7 @@ fn whoever_waits_in_memory_that_comes_after_the_wake_waits_for_what_is_left() {
 fn a_wake_that_fails_is_tried_again_and_no_time_counts_twice() {
     let node = start_with("timer_horizon_seconds = 2\n");
     each(&of(&["told", "timerfd"]), |id, wait| {
-        let agent = run(&node, &waiting(id, wait, 9));
+        let agent = run_ready(&node, &waiting(id, wait, 9));
         sleep(&node, id);
         let image = on_node(&node, inspect(&node, id)["image_dir"].as_str().unwrap()).join("img");
         let (here, away) = (image.join("fs-1.img"), image.join("../fs-1.away"));
@@ -327,7 +314,7 @@ while True:
 #[test]
 fn an_agent_that_works_in_bursts_is_woken_for_the_timer_that_it_waits_for_in_between() {
     let node = start_with("timer_horizon_seconds = 1\n");
-    let agent = run(&node, &python("bursts").args(&["python3", "-u", "-c", BURSTS]));
+    let agent = run_ready(&node, &python("bursts").args(&["python3", "-u", "-c", BURSTS]));
     let told = |word: &str| agent.log().unwrap().matches(word).count();
     let comes = |before: usize| {
         node.wait_until("the timer to come", SOON, || Ok(told("due") > before)).unwrap();
@@ -360,7 +347,7 @@ fn an_agent_that_polls_is_left_asleep_unless_each_timer_is_to_wake_it() {
     let node = start_with("");
     let ticking = |id: &str, every: &str, policy: &str| {
         let text = format!("import time\nprint('ready', flush=True)\nwhile True: time.sleep({every})");
-        run(
+        run_ready(
             &node,
             &python(id).annotation("agentcube.volcano.sh/timers", policy).args(&["python3", "-c", &text]),
         )
@@ -396,7 +383,7 @@ fn an_agent_that_polls_is_left_asleep_unless_each_timer_is_to_wake_it() {
 fn timers_that_are_to_resume_go_on_with_what_remained() {
     let node = start_with("timers = \"resume\"\n");
     each(&of(&["sleep", "told", "select", "asyncio", "timerfd", "alarm", "posix"]), |id, wait| {
-        let agent = run(&node, &waiting(id, wait, 4));
+        let agent = run_ready(&node, &waiting(id, wait, 4));
         sleep(&node, id);
         thread::sleep(Duration::from_secs(6));
         assert!(is_asleep(&node, id), "{id} was woken");
@@ -410,7 +397,7 @@ fn timers_that_are_to_resume_go_on_with_what_remained() {
 #[test]
 fn a_timer_comes_in_time_though_containerd_is_restarted() {
     let node = start_with("timer_horizon_seconds = 2\n");
-    let agent = run(&node, &waiting("a", "time.sleep(12)", 12));
+    let agent = run_ready(&node, &waiting("a", "time.sleep(12)", 12));
     let told: Value =
         serde_json::from_str(&agentcube(&node, &["why", "--json", "a"]).check().unwrap()).unwrap();
     let next = told["results"][0]["ok"]["why"]["next_timer_us"].as_u64().unwrap();
@@ -426,7 +413,7 @@ fn a_timer_comes_in_time_though_containerd_is_restarted() {
 fn a_shell_that_sleeps_again_and_again_is_woken_for_each() {
     let node = start_with("timer_horizon_seconds = 2\n");
     let script = "echo ready; while sleep 5; do n=$((n + 1)); echo tick $n; done";
-    let agent = run(&node, &spec(Image::Counter, "sh").args(&["sh", "-c", script]));
+    let agent = run_ready(&node, &spec(Image::Counter, "sh").args(&["sh", "-c", script]));
     let since = Instant::now();
     for tick in 1..=3 {
         sleep(&node, "sh");

@@ -51,6 +51,20 @@ pub fn run<'node>(node: &'node Node, spec: &AgentSpec) -> Remembering<'node> {
     Remembering { agent, node, turn, digest }
 }
 
+/// Starts a program and waits until it says that it is ready.
+pub fn run_ready<'node>(node: &'node Node, spec: &AgentSpec) -> Agent<'node> {
+    let agent = node.run_agent(spec).unwrap();
+    says(node, &agent, "ready");
+    agent
+}
+
+/// Waits until a word stands in what an agent has printed.
+pub fn says(node: &Node, agent: &Agent, word: &str) {
+    let said =
+        node.wait_until(&format!("{} to say {word:?}", agent.id()), SOON, || Ok(agent.log()?.contains(word)));
+    said.unwrap_or_else(|error| panic!("{error}: {:?}", agent.log()));
+}
+
 /// An agent, and what it knew when it was last looked at.
 pub struct Remembering<'node> {
     pub agent: Agent<'node>,
