@@ -56,6 +56,7 @@ impl ControlService {
             pid: snapshot.init.pid,
             memory_bytes,
             memory_source: memory_source.to_owned(),
+            charged_bytes: handle.runtime().charged(),
             image_bytes,
             image_dir: image_dir.to_string_lossy().into_owned(),
             since_unix_ms: unix_ms(snapshot.since),
@@ -228,6 +229,7 @@ fn wire_transition(id: &str, transition: &Transition) -> WireTransition {
         whole_because: transition.whole_because.clone().unwrap_or_default(),
         memory_bytes: transition.memory_bytes,
         cause: transition.cause.map(|cause| cause.name().to_owned()).unwrap_or_default(),
+        rest_because: transition.rest_because.clone().unwrap_or_default(),
         ..Default::default()
     }
 }

@@ -158,6 +158,8 @@ pub struct Options {
     /// How many seconds after it was written to the disk an image may stay in the page cache; without it, until the
     /// kernel needs the memory.
     pub image_cache_seconds: Option<u64>,
+    /// How many seconds after its checkpoint an agent's files may stay in the page cache that it is charged with.
+    pub file_cache_seconds: u32,
     /// Leave limits out whose cgroup v2 controller the node lacks, rather than refuse the container.
     pub ignore_missing_controllers: bool,
     /// Let runc use systemd for cgroups.
@@ -205,6 +207,7 @@ impl Default for Options {
             memory_limit_mib: 16,
             image_dir: "/var/lib/agentcube/images".into(),
             image_cache_seconds: None,
+            file_cache_seconds: 10,
             ignore_missing_controllers: false,
             systemd_cgroup: false,
             lazy_restore: true,

@@ -3,6 +3,7 @@
 //! The one real implementation is [`crate::runc`]; unit tests drive the Task API through one that records its calls.
 
 use std::{
+    collections::HashMap,
     path::PathBuf,
     pin::Pin,
     sync::Arc,
@@ -141,7 +142,7 @@ pub struct DumpReport {
 }
 
 /// A reclaim that has succeeded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReclaimReport {
     /// Memory held before, in bytes.
     pub before: u64,
@@ -149,6 +150,8 @@ pub struct ReclaimReport {
     pub after: u64,
     /// By which means: "memory.reclaim" or "process_madvise".
     pub engine: &'static str,
+    /// Why no more could be pushed out, when something stood in its way.
+    pub rest_because: Option<String>,
 }
 
 /// A restore that has succeeded.
@@ -305,6 +308,10 @@ pub trait Runtime: Send + Sync {
     fn stats(&self) -> Result<Any, RuntimeError>;
     /// Memory held now in bytes, and how it was measured.
     fn memory(&self) -> (u64, &'static str);
+    /// What its cgroup is charged with, in bytes, by the kernel's names; empty without a memory controller.
+    fn charged(&self) -> HashMap<String, u64> {
+        HashMap::new()
+    }
     /// The deepest depth that it can be asked for.
     fn deepest(&self) -> Depth {
         Depth::Checkpointed

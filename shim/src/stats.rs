@@ -9,7 +9,7 @@
 //! list. So there is always an answer: a file that is missing or odd leaves its own field out. CPU time and memory are
 //! at least 1: consumers of these figures take zero for "not running", which a sleeping agent is not.
 
-use std::{fs, path::Path};
+use std::{collections::HashMap, fs, path::Path};
 
 use containerd_shim::protos::{
     cgroups_v2::metrics::{
@@ -30,6 +30,18 @@ pub fn memory_used(cgroup: &Path) -> (u64, &'static str) {
         Some(bytes) => (bytes.max(1), "memory.current"),
         None => (pss(cgroup).max(1), "pss"),
     }
+}
+
+/// What `cgroup` is charged with, in bytes, by the names that `memory.stat` has for it: all of its kinds, what the largest
+/// consist of, and `swap`. What is 0 is left out; all of it is without a memory controller.
+pub fn charged(cgroup: &Path) -> HashMap<String, u64> {
+    const KINDS: [&str; 9] =
+        ["anon", "file", "kernel", "sock", "shmem", "slab", "pagetables", "percpu", "kernel_stack"];
+    let text = read(cgroup, "memory.stat").unwrap_or_default();
+    let kinds = text.lines().filter_map(|line| line.split_once(' '));
+    let kinds = kinds.filter(|(name, _)| KINDS.contains(name)).filter_map(|(name, of)| Some((name, number(of)?)));
+    let swap = single(cgroup, "memory.swap.current").map(|bytes| ("swap", bytes));
+    kinds.chain(swap).filter(|(_, bytes)| *bytes > 0).map(|(name, bytes)| (name.to_owned(), bytes)).collect()
 }
 
 /// The figures of `cgroup`. `memory_without_controller` is asked for the bytes used when the cgroup cannot tell
@@ -419,6 +431,19 @@ mod tests {
             (huge.pagesize.as_str(), huge.current, huge.max, huge.failcnt),
             ("2MB", 2_097_152, u64::MAX, 9)
         );
+    }
+
+    #[test]
+    fn what_is_charged_has_the_kernels_names_and_what_is_nothing_has_none() {
+        let files = [
+            ("memory.stat", "anon 0\nfile 4096\nkernel 300\nshmem 4096\npgfault 7\nslab odd\n"),
+            ("memory.swap.current", "8192\n"),
+        ];
+        let mut charged: Vec<_> = charged(cgroup(&files).path()).into_iter().collect();
+        charged.sort();
+        let wanted = [("file", 4096), ("kernel", 300), ("shmem", 4096), ("swap", 8192)];
+        assert_eq!(charged, wanted.map(|(name, bytes)| (name.to_owned(), bytes)));
+        assert!(super::charged(cgroup(&[]).path()).is_empty());
     }
 
     #[test]

@@ -1,6 +1,10 @@
 //! Text for people, made from what shims answered. Pure: the time is an argument.
 
-use std::{collections::BTreeSet, fmt::Write as _};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
 
 use agentcube_control::labels;
 
@@ -253,6 +257,7 @@ pub fn inspect(container: &Container, now_ms: i64) -> String {
             "Memory",
             Some(format!("{} ({})", bytes(container.memory_bytes), printable(&container.memory_source))),
         ),
+        ("Charged", Some(charged(&container.charged_bytes)).filter(|kinds| !kinds.is_empty())),
         ("Image", Some(image)),
         ("Sleeps", Some(container.sleeps.to_string())),
         ("Wakes", Some(container.wakes.to_string())),
@@ -270,6 +275,14 @@ pub fn inspect(container: &Container, now_ms: i64) -> String {
         }
     }
     text
+}
+
+/// The largest first.
+fn charged(kinds: &BTreeMap<String, u64>) -> String {
+    let mut kinds: Vec<_> = kinds.iter().collect();
+    kinds.sort_by_key(|(_, held)| Reverse(**held));
+    let kinds = kinds.into_iter().map(|(name, held)| format!("{} {}", printable(name), bytes(*held)));
+    kinds.collect::<Vec<_>>().join(", ")
 }
 
 fn since(then_ms: i64, now_ms: i64) -> String {
@@ -296,6 +309,9 @@ fn happened(transition: &Transition, now_ms: i64) -> String {
     }
     if transition.memory_bytes > 0 {
         let _ = write!(text, ", {} stayed in memory", bytes(transition.memory_bytes));
+    }
+    if !transition.rest_because.is_empty() {
+        let _ = write!(text, ", the rest stays ({})", printable(&transition.rest_because));
     }
     if let Some(cause) = &transition.cause {
         let _ = write!(text, ", for {}", printable(cause));

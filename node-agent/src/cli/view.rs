@@ -40,6 +40,8 @@ pub struct Container {
     pub memory_bytes: u64,
     /// Where that figure comes from: `memory.current` or `pss`.
     pub memory_source: String,
+    /// What its cgroup is charged with, by the kernel's names (`memory.stat`, and `swap`): what is not 0.
+    pub charged_bytes: BTreeMap<String, u64>,
     /// The image on disk; 0 without one.
     pub image_bytes: u64,
     /// Where the image is; null without one.
@@ -105,6 +107,9 @@ pub struct Transition {
     pub whole_because: String,
     /// Of a sleep: what tmpfs mounts go on holding in memory.
     pub memory_bytes: u64,
+    /// Of a reclaim: why no more could be pushed out.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub rest_because: String,
     /// What a wake was for: `request`, `resume`, `checkpoint`, `exec`, `signal`, `input`, `traffic`, `timer`; null for a
     /// sleep.
     pub cause: Option<String>,
@@ -290,6 +295,7 @@ impl Container {
             pid: container.pid,
             memory_bytes: container.memory_bytes,
             memory_source: container.memory_source.clone(),
+            charged_bytes: container.charged_bytes.clone().into_iter().collect(),
             image_bytes: container.image_bytes,
             image_dir: non_empty(&container.image_dir),
             since_unix_ms: container.since_unix_ms,
@@ -324,6 +330,7 @@ impl From<&control::Transition> for Transition {
             classic_because: transition.classic_because.clone(),
             whole_because: transition.whole_because.clone(),
             memory_bytes: transition.memory_bytes,
+            rest_because: transition.rest_because.clone(),
             cause: non_empty(&transition.cause),
             shortfalls: transition.shortfalls.iter().map(Shortfall::from).collect(),
             at_unix_ms: transition.at_unix_ms,

@@ -48,6 +48,8 @@ pub struct Transition {
     pub memory_bytes: u64,
     /// Of a reclaim: memory held before and after, in bytes.
     pub memory: Option<(u64, u64)>,
+    /// Of a reclaim: why no more could be pushed out.
+    pub rest_because: Option<String>,
     /// Of a wake: what for.
     pub cause: Option<WakeCause>,
     /// When it was done.
@@ -68,6 +70,7 @@ impl Transition {
             whole_because: None,
             memory_bytes: 0,
             memory: None,
+            rest_because: None,
             cause: None,
             at: SystemTime::now(),
         }

@@ -1,5 +1,7 @@
-//! Pushing a frozen agent's memory out to swap, in steps, so that a wake never waits for it.
+//! Pushing memory out, in steps, so that a wake never waits for it: a frozen agent's to swap, and what an emptied cgroup is
+//! still charged with.
 
+mod emptied;
 mod pageout;
 mod swap;
 
@@ -13,6 +15,7 @@ use rustix::process::Pid;
 use tracing::debug;
 
 pub use self::{
+    emptied::Emptied,
     pageout::prefetch,
     swap::{Nowhere, destination},
 };
@@ -104,7 +107,8 @@ pub fn reclaim(cgroup: &Path, processes: &[Pid], limit: &Limit) -> Result<Reclai
     if after >= before && before > STEP {
         return Err(Error::Nothing { held: before, by: engine });
     }
-    Ok(ReclaimReport { before, after, engine })
+    let rest_because = destination(cgroup, Path::new(swap::SWAPS)).err().map(|rest| rest.to_string());
+    Ok(ReclaimReport { before, after, engine, rest_because })
 }
 
 /// Writes one step after the other to `memory.reclaim` until the kernel finds nothing more.

@@ -50,7 +50,8 @@ use crate::{
     options::Options,
     probe_commands::{Commands, Said},
     reaper::Reaper,
-    reclaim, rootfs,
+    reclaim::{self, Emptied},
+    rootfs,
     runtime::{
         CheckpointConfig, DumpReport, ExecConfig, Process, Reasons, ReclaimReport, Restored, Runtime,
         RuntimeError, Veto,
@@ -127,6 +128,8 @@ struct SleepImage {
     timers: Option<Timers>,
     /// Rings when it is to wake for one of them.
     alarm: Arc<Alarm>,
+    /// Gives back what its cgroup is still charged with.
+    emptied: Option<Emptied>,
 }
 
 /// By which engine the image was made, and must be restored.
@@ -377,7 +380,10 @@ impl Runtime for RuncContainer {
         let restored = self.wake_up().await;
         match &restored {
             Ok(_) => self.catch_up(),
-            Err(_) => self.lock().image.iter().for_each(|image| image.alarm.put_off()),
+            Err(_) => self.lock().image.iter_mut().for_each(|image| {
+                image.alarm.put_off();
+                image.emptied = Some(self.empty());
+            }),
         }
         restored
     }
@@ -499,5 +505,9 @@ impl Runtime for RuncContainer {
 
     fn memory(&self) -> (u64, &'static str) {
         stats::memory_used(self.cgroup.path())
+    }
+
+    fn charged(&self) -> HashMap<String, u64> {
+        stats::charged(self.cgroup.path())
     }
 }

@@ -33,6 +33,7 @@ use super::{
 use crate::{
     io::Inherit,
     reaper::{ExitWatch, Mark, Reaper},
+    reclaim::Emptied,
     runtime::{DumpReport, Restored, RuntimeError, Veto},
     stats,
     timers::{self, Alarm},
@@ -316,10 +317,11 @@ impl RuncContainer {
         let kind = if made_by == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
         let timers = dumped.timers.filter(|_| self.options.timer_policy().counts());
         self.set_alarm(&alarm, timers.as_ref());
+        let emptied = Some(self.empty());
         let mut inner = self.lock();
         inner.last_pids = pids.into_iter().map(process::number).collect();
         inner.image =
-            Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close, timers, alarm: Arc::new(alarm) });
+            Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close, timers, alarm: Arc::new(alarm), emptied });
         Ok(report)
     }
 
@@ -461,10 +463,18 @@ impl RuncContainer {
         begun.await?.map_err(|error| store_error(&error))
     }
 
+    /// Gives back what the emptied cgroup is charged with, in a while.
+    pub(super) fn empty(&self) -> Emptied {
+        let after = Duration::from_secs(self.options.file_cache_seconds.into());
+        let time = Duration::from_secs(self.options.reclaim_timeout.into());
+        Emptied::start(self.id.clone(), self.cgroup.path().to_owned(), after, time)
+    }
+
     pub(super) async fn wake_up(&self) -> Result<Restored, RuntimeError> {
         let (kind, kept, ahead, tcp_close, timers) = {
             let mut inner = self.lock();
             let image = inner.image.as_mut().ok_or_else(|| failed("there is no image of it"))?;
+            image.emptied = None;
             let kept = image.kept.try_clone().map_err(failed)?;
             (image.kind.clone(), kept, image.ahead.take(), image.tcp_close, image.timers.clone())
         };

@@ -226,7 +226,7 @@ impl Runtime for Fake {
         if veto.is_raised() {
             return Err(RuntimeError::Vetoed);
         }
-        Ok(ReclaimReport { before: 4096, after: 1024, engine: "memory.reclaim" })
+        Ok(ReclaimReport { before: 4096, after: 1024, engine: "memory.reclaim", rest_because: None })
     }
 
     async fn thaw(&self) -> Result<(), RuntimeError> {

@@ -148,8 +148,10 @@ pub fn shim<T, F>(node: &Node, agent: &Agent, call: impl FnOnce(TaskClient) -> F
 where
     F: Future<Output = Result<T, ttrpc::Error>>,
 {
-    let bundle = inspect(node, agent)["bundle"].as_str().unwrap().to_owned();
-    let text = node.read_file(&format!("{bundle}/bootstrap.json")).unwrap();
+    // Where containerd has all bundles, whichever shim they belong to.
+    let (namespace, id) = (&agent.spec().namespace, agent.id());
+    let bootstrap = format!("/run/containerd/io.containerd.runtime.v2.task/{namespace}/{id}/bootstrap.json");
+    let text = node.read_file(&bootstrap).unwrap();
     let bootstrap: Value = serde_json::from_str(&text).unwrap();
     let path = bootstrap["address"].as_str().unwrap().strip_prefix("unix://").unwrap();
     let address = format!("unix:///proc/{}/root{path}", node.entrance().init);

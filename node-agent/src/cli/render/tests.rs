@@ -56,6 +56,7 @@ fn transition() -> Transition {
         classic_because: String::new(),
         whole_because: String::new(),
         memory_bytes: 0,
+        rest_because: String::new(),
         cause: None,
         shortfalls: Vec::new(),
         at_unix_ms: NOW - 200_000,

@@ -107,15 +107,17 @@ impl Actor {
         let since = falling.as_ref().map_or_else(Instant::now, |falling| falling.since);
         let ok = result.is_ok();
         let answered = match result {
-            Ok(ReclaimReport { before, after, engine }) => {
+            Ok(ReclaimReport { before, after, engine, rest_because }) => {
                 let slept = Transition {
                     total: since.elapsed(),
                     engine,
                     memory: Some((before, after)),
+                    rest_because,
                     ..Transition::now(Depth::Reclaimed)
                 };
                 self.record(Phase::Reclaimed);
-                info!(id = %self.id, before, after, engine, "memory reclaimed");
+                let rest = slept.rest_because.as_deref().unwrap_or_default();
+                info!(id = %self.id, before, after, engine, rest, "memory reclaimed");
                 self.fell_asleep(slept.clone(), true);
                 Ok(slept)
             }
