@@ -59,6 +59,8 @@ mod kills;
 mod lazy;
 #[path = "live/mounts.rs"]
 mod mounts;
+#[path = "live/scribbler.rs"]
+mod scribbler;
 
 /// Puts another page map in place, and a manifest that has its right size and digest.
 fn forge_pagemap(image: &Path, bytes: &[u8]) {

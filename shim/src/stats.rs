@@ -39,7 +39,8 @@ pub fn charged(cgroup: &Path) -> HashMap<String, u64> {
         ["anon", "file", "kernel", "sock", "shmem", "slab", "pagetables", "percpu", "kernel_stack"];
     let text = read(cgroup, "memory.stat").unwrap_or_default();
     let kinds = text.lines().filter_map(|line| line.split_once(' '));
-    let kinds = kinds.filter(|(name, _)| KINDS.contains(name)).filter_map(|(name, of)| Some((name, number(of)?)));
+    let kinds =
+        kinds.filter(|(name, _)| KINDS.contains(name)).filter_map(|(name, of)| Some((name, number(of)?)));
     let swap = single(cgroup, "memory.swap.current").map(|bytes| ("swap", bytes));
     kinds.chain(swap).filter(|(_, bytes)| *bytes > 0).map(|(name, bytes)| (name.to_owned(), bytes)).collect()
 }

@@ -16,9 +16,9 @@ use agentcube_tests::kubelet::api::{ContainerStats, PodSandboxStats, PsiStats, U
 use agentcube_tests::kubelet::{ContainerSpec, Kubelet, NAMESPACE, Pod, PodSpec};
 use agentcube_tests::node::{Agent, AgentSpec, Node, Runtime};
 use ballast::{has_swap, node, value};
+use containerd_shim::protos::api::StatsRequest;
 use containerd_shim::protos::cgroups_v2::metrics::Metrics;
 use containerd_shim::protos::protobuf::{Message, MessageField};
-use containerd_shim::protos::api::StatsRequest;
 use cycle::{SOON, cgroup, patience, shim, sleep_in_place, wake};
 use serde_json::Value;
 
@@ -326,7 +326,10 @@ fn a_kubelet_sees_of_a_pod_what_it_sees_with_containerds_own_shim_and_asleep_as_
             thread::sleep(Duration::from_millis(100));
         }
         assert!(sandbox(&kubelet, &agent)[..2].iter().all(|told| *told), "{depth}");
-        node.exec(&["agentcube", "--namespace", NAMESPACE, "wake", agent.sandbox()]).unwrap().check().unwrap();
+        node.exec(&["agentcube", "--namespace", NAMESPACE, "wake", agent.sandbox()])
+            .unwrap()
+            .check()
+            .unwrap();
     }
     assert!(container(&kubelet, &agent)["cpu.usage_core_nano_seconds"] >= cpu);
     agent.remove().unwrap();

@@ -27,7 +27,9 @@ impl Emptied {
                 by_cgroup(&file, held, &Limit::new(&veto, time)).map(|()| (before, held()))
             });
             match reclaimed.await {
-                Ok(Ok((before, after))) => debug!(%id, before, after, "what it was charged with is given back"),
+                Ok(Ok((before, after))) => {
+                    debug!(%id, before, after, "what it was charged with is given back")
+                }
                 Ok(Err(super::Error::Vetoed)) | Err(_) => {}
                 Ok(Err(error)) => warn!(%id, %error, "it stays charged with what its files hold in memory"),
             }

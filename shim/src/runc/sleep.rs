@@ -320,8 +320,15 @@ impl RuncContainer {
         let emptied = Some(self.empty());
         let mut inner = self.lock();
         inner.last_pids = pids.into_iter().map(process::number).collect();
-        inner.image =
-            Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close, timers, alarm: Arc::new(alarm), emptied });
+        inner.image = Some(SleepImage {
+            kind,
+            kept: dumped.kept,
+            ahead,
+            tcp_close,
+            timers,
+            alarm: Arc::new(alarm),
+            emptied,
+        });
         Ok(report)
     }
 
