@@ -28,7 +28,7 @@ impl Emptied {
             });
             match reclaimed.await {
                 Ok(Ok((before, after))) => {
-                    debug!(%id, before, after, "what it was charged with is given back")
+                    debug!(%id, before, after, "what it was charged with is given back");
                 }
                 Ok(Err(super::Error::Vetoed)) | Err(_) => {}
                 Ok(Err(error)) => warn!(%id, %error, "it stays charged with what its files hold in memory"),

@@ -378,12 +378,11 @@ impl Runtime for RuncContainer {
 
     async fn restore(&self) -> Result<Restored, RuntimeError> {
         let restored = self.wake_up().await;
-        match &restored {
-            Ok(_) => self.catch_up(),
-            Err(_) => self.lock().image.iter_mut().for_each(|image| {
-                image.alarm.put_off();
-                image.emptied = Some(self.empty());
-            }),
+        if restored.is_ok() {
+            self.catch_up();
+        } else {
+            self.lock().image.iter().for_each(|image| image.alarm.put_off());
+            self.give_back_soon();
         }
         restored
     }

@@ -211,6 +211,9 @@ impl RuncContainer {
         // A dump that fails has interrupted what the agent waits for.
         let before = self.look().await;
         let outcome = self.freeze_and_dump(veto, before.as_ref().ok()).await;
+        if outcome.is_ok() {
+            self.give_back_soon();
+        }
         if let Err(error) = &outcome {
             self.end_watch();
             self.io.abort_dump();
@@ -317,18 +320,10 @@ impl RuncContainer {
         let kind = if made_by == DIRECT { ImageKind::Direct(image) } else { ImageKind::Runc(image) };
         let timers = dumped.timers.filter(|_| self.options.timer_policy().counts());
         self.set_alarm(&alarm, timers.as_ref());
-        let emptied = Some(self.empty());
+        let (alarm, emptied) = (Arc::new(alarm), None);
         let mut inner = self.lock();
         inner.last_pids = pids.into_iter().map(process::number).collect();
-        inner.image = Some(SleepImage {
-            kind,
-            kept: dumped.kept,
-            ahead,
-            tcp_close,
-            timers,
-            alarm: Arc::new(alarm),
-            emptied,
-        });
+        inner.image = Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close, timers, alarm, emptied });
         Ok(report)
     }
 
@@ -470,11 +465,14 @@ impl RuncContainer {
         begun.await?.map_err(|error| store_error(&error))
     }
 
-    /// Gives back what the emptied cgroup is charged with, in a while.
-    pub(super) fn empty(&self) -> Emptied {
+    /// Has what the emptied cgroup is charged with given back, in a while.
+    pub(super) fn give_back_soon(&self) {
         let after = Duration::from_secs(self.options.file_cache_seconds.into());
         let time = Duration::from_secs(self.options.reclaim_timeout.into());
-        Emptied::start(self.id.clone(), self.cgroup.path().to_owned(), after, time)
+        let emptied = Emptied::start(self.id.clone(), self.cgroup.path().to_owned(), after, time);
+        if let Some(image) = &mut self.lock().image {
+            image.emptied = Some(emptied);
+        }
     }
 
     pub(super) async fn wake_up(&self) -> Result<Restored, RuntimeError> {
