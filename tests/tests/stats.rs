@@ -130,7 +130,7 @@ fn figures(agent: &Agent) -> BTreeMap<String, u64> {
 /// How far a figure may be from that of another container that did the same, which has `theirs`.
 fn noise(path: &str, theirs: u64) -> u64 {
     let any = |names: &[&str]| names.iter().any(|name| path.contains(name));
-    if any(&["limit"]) || path.ends_with(".max") {
+    if any(&["limit"]) || path.rsplit('.').next() == Some("max") {
         0
     } else if any(&["psi", "throttled", "periods"]) {
         // How long others kept it waiting.

@@ -38,18 +38,18 @@ impl Swap {
         let devices = used().into_iter().map(|(device, _)| device).collect();
         Some((node, Swap { devices, _alone: alone }))
     }
+}
 
-    /// Leaves these alone.
-    fn only(&self, devices: &[&str]) {
-        for device in devices {
-            if !used().iter().any(|(used, _)| used == device) {
-                run("swapon", &[device]);
-            }
+/// Has the machine use these and no others.
+fn only(devices: &[&str]) {
+    for device in devices {
+        if !used().iter().any(|(used, _)| used == device) {
+            run("swapon", &[device]);
         }
-        for (device, _) in used() {
-            if !devices.contains(&device.as_str()) {
-                run("swapoff", &[&device]);
-            }
+    }
+    for (device, _) in used() {
+        if !devices.contains(&device.as_str()) {
+            run("swapoff", &[&device]);
         }
     }
 }
@@ -57,7 +57,7 @@ impl Swap {
 impl Drop for Swap {
     fn drop(&mut self) {
         let devices: Vec<&str> = self.devices.iter().map(String::as_str).collect();
-        self.only(&devices);
+        only(&devices);
     }
 }
 
@@ -109,7 +109,7 @@ fn memory_goes_to_compressed_memory_and_to_a_file_alike_and_comes_back_whole() {
     let devices = swap.devices.clone();
     assert!(devices.iter().any(|device| device.contains("zram")) && devices.len() > 1, "{devices:?}");
     for device in &devices {
-        swap.only(&[device]);
+        only(&[device]);
         let freed = reclaim(node, &agent);
         let on_device = used()[0].1;
         println!("{device}: {} MiB given back, {} MiB on it", freed / MIB, on_device / MIB);
@@ -119,8 +119,8 @@ fn memory_goes_to_compressed_memory_and_to_a_file_alike_and_comes_back_whole() {
         wakes_whole(&agent, &digest);
     }
     // What its cgroup allows is used and no more, and the rest stays. Pages that were read back have kept their places.
-    swap.only(&[]);
-    swap.only(&devices.iter().map(String::as_str).collect::<Vec<_>>());
+    only(&[]);
+    only(&devices.iter().map(String::as_str).collect::<Vec<_>>());
     limit(node, &agent, "memory.swap.max", &(16 * MIB).to_string());
     let freed = reclaim(node, &agent);
     println!("{} MiB given back with 16 MiB of swap allowed: {}", freed / MIB, rest(node, &agent));
@@ -133,13 +133,13 @@ fn memory_goes_to_compressed_memory_and_to_a_file_alike_and_comes_back_whole() {
 #[test]
 fn where_swap_is_full_what_fits_goes_out_and_what_does_not_stays_and_is_told() {
     const SMALL: &str = "/var/small-swap";
-    let Some((node, swap)) = Swap::take() else { return };
+    let Some((node, _swap)) = Swap::take() else { return };
     let (first, first_digest) = agent_with_ballast(node, "first", 8402);
     let (second, second_digest) = agent_with_ballast(node, "second", 8403);
     run("fallocate", &["--length", "24M", SMALL]);
     run("chmod", &["600", SMALL]);
     run("mkswap", &[SMALL]);
-    swap.only(&[SMALL]);
+    only(&[SMALL]);
     let freed = reclaim(node, &first);
     println!("{} MiB given back: {}", freed / MIB, rest(node, &first));
     assert!(freed > 16 * MIB && freed < 40 * MIB, "{freed} bytes given back");
@@ -157,7 +157,7 @@ fn where_swap_is_full_what_fits_goes_out_and_what_does_not_stays_and_is_told() {
     wakes_whole(&second, &second_digest);
     wakes_whole(&first, &first_digest);
     // Without any it says that, too.
-    swap.only(&[]);
+    only(&[]);
     let refused = agentcube(node, &first, &["sleep", "--depth", "reclaimed"]).unwrap_err();
     assert!(refused.contains("the node has no swap"), "{refused}");
     assert_eq!(first.digest().unwrap(), first_digest);
