@@ -290,6 +290,8 @@ pub trait Runtime: Send + Sync {
     async fn checkpoint(&self, config: &CheckpointConfig) -> Result<(), RuntimeError>;
     /// Removes the images that hold what now lives in processes, or has ended.
     fn drop_image(&self);
+    /// One of its processes has ended: what is to be told before that, is told.
+    async fn ended(&self) {}
     /// Kills what is left of the container's processes after its init ended (without a PID namespace of its own).
     fn kill_rest(&self);
     /// Removes an exec that has ended, when its output has been passed on.

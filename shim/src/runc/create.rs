@@ -7,6 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use containerd_shim::protos::events::task::TaskOOM;
 use criu_hooks::{cgroup::Cgroup, engine::Engine};
 use oci_spec::runtime::Spec;
 use runc::{
@@ -205,26 +206,16 @@ impl RuntimeFactory for RuncFactory {
 }
 
 /// Tells containerd of OOM kills in the container, where the node can notice them.
-fn watch_oom(id: &str, cgroup: &Cgroup, events: EventSink) -> Option<tokio::task::AbortHandle> {
-    let mut watch = match OomWatch::new(cgroup.path()) {
-        Ok(watch) => watch?,
-        Err(error) => {
-            warn!(%id, %error, "OOM kills in this container will not be noticed");
-            return None;
-        }
-    };
+fn watch_oom(id: &str, cgroup: &Cgroup, events: EventSink) -> Option<OomWatch> {
     let container_id = id.to_owned();
-    let watching = tokio::spawn(async move {
-        // An error is the end of the cgroup.
-        while watch.killed().await.is_ok() {
-            warn!(id = %container_id, "the kernel killed for want of memory");
-            events.publish(containerd_shim::protos::events::task::TaskOOM {
-                container_id: container_id.clone(),
-                ..Default::default()
-            });
-        }
-    });
-    Some(watching.abort_handle())
+    let tell = move || {
+        warn!(id = %container_id, "the kernel killed for want of memory");
+        events.publish(TaskOOM { container_id: container_id.clone(), ..Default::default() });
+    };
+    OomWatch::new(cgroup.path(), tell).unwrap_or_else(|error| {
+        warn!(%id, %error, "OOM kills in this container will not be noticed");
+        None
+    })
 }
 
 /// Where the journal stands, for the action `delete`.

@@ -46,7 +46,8 @@ pub use self::{cleanup::cleanup, create::RuncFactory};
 use crate::{
     controllers,
     io::ProcessIo,
-    limits,
+    limits::{self, Before},
+    oom::{OomWatch, Restoring},
     options::Options,
     probe_commands::{Commands, Said},
     reaper::Reaper,
@@ -88,15 +89,7 @@ pub struct RuncContainer {
     /// Limits that were changed in its sleep.
     updates: Arc<Updates>,
     /// Ends with the container.
-    oom: Option<tokio::task::AbortHandle>,
-}
-
-impl Drop for RuncContainer {
-    fn drop(&mut self) {
-        if let Some(oom) = &self.oom {
-            oom.abort();
-        }
-    }
+    oom: Option<OomWatch>,
 }
 
 /// What changes in the life of a container.
@@ -176,12 +169,19 @@ struct LimitsOf {
     runc: Runc,
     id: String,
     log: PathBuf,
+    cgroup: PathBuf,
 }
 
 #[async_trait]
 impl Recorder for LimitsOf {
     async fn update(&self, resources: &LinuxResources) -> Result<(), RuntimeError> {
+        // Of an update that it refuses half-way, runc takes back what it has a record of.
+        let settings = limits::settings(resources, &self.cgroup).unwrap_or_default();
+        let before = Before::read(&self.cgroup, &settings);
         let updated = self.runc.update(&self.id, resources).await;
+        if updated.is_err() {
+            freezer::blocking(move || before.put_back()).await?;
+        }
         updated.map_err(|error| runc_error("update", error, &self.log))
     }
 
@@ -212,7 +212,8 @@ impl RuncContainer {
     }
 
     fn recorder(&self) -> LimitsOf {
-        LimitsOf { runc: self.runc.clone(), id: self.id.clone(), log: self.runc_log() }
+        let (runc, id, cgroup) = (self.runc.clone(), self.id.clone(), self.cgroup.path().to_owned());
+        LimitsOf { runc, id, log: self.runc_log(), cgroup }
     }
 
     /// Gives runc the limits that were changed while there was no process for it. Nobody waits for that: they hold.
@@ -314,12 +315,16 @@ impl Runtime for RuncContainer {
         if !asleep {
             return self.updates.by_runc(resources, &self.recorder()).await;
         }
-        let settings =
-            limits::settings(resources).map_err(|error| RuntimeError::InvalidArgument(error.to_string()))?;
+        let (cgroup, wanted) = (self.cgroup.path().to_owned(), resources.clone());
         // To lower a memory limit the kernel reclaims, and takes its time.
-        let cgroup = self.cgroup.path().to_owned();
-        let apply =
-            async { blocking(move || limits::apply(&cgroup, &settings)).await?.map_err(precondition) };
+        let apply = async {
+            blocking(move || {
+                let settings = limits::settings(&wanted, &cgroup);
+                let settings = settings.map_err(|error| RuntimeError::InvalidArgument(error.to_string()))?;
+                limits::apply(&cgroup, &settings).map_err(precondition)
+            })
+            .await?
+        };
         self.updates.past_runc(resources.clone(), apply).await
     }
 
@@ -377,10 +382,17 @@ impl Runtime for RuncContainer {
     }
 
     async fn restore(&self) -> Result<Restored, RuntimeError> {
+        let room = self.updates.make_room(&self.id, self.cgroup.path()).await;
+        let kills = match &self.oom {
+            Some(oom) => Some(oom.restoring().await),
+            None => None,
+        };
         let restored = self.wake_up().await;
+        room.over().await;
         if restored.is_ok() {
             self.catch_up();
         } else {
+            kills.into_iter().for_each(Restoring::failed);
             self.lock().image.iter().for_each(|image| image.alarm.put_off());
             self.give_back_soon();
         }
@@ -430,6 +442,12 @@ impl Runtime for RuncContainer {
                 warn!(%id, %error, "an image that is no longer needed stays on the disk");
             }
         });
+    }
+
+    async fn ended(&self) {
+        if let Some(oom) = &self.oom {
+            oom.look().await;
+        }
     }
 
     fn kill_rest(&self) {

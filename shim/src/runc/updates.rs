@@ -3,11 +3,17 @@
 //! An agent that sleeps, or is about to, takes limits through its cgroup alone. runc keeps a record of its own and
 //! writes all of it back with the next update: it must learn of each change, in the order in which they were made.
 
+use std::path::Path;
+
 use async_trait::async_trait;
 use oci_spec::runtime::LinuxResources;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
+use tracing::warn;
 
-use crate::runtime::RuntimeError;
+use crate::{
+    limits::high::{self, Lifted},
+    runtime::RuntimeError,
+};
 
 /// Changes limits, and keeps a record of them: runc.
 #[async_trait]
@@ -45,9 +51,39 @@ impl Updates {
         runc.update(resources).await
     }
 
+    /// Lifts the `memory.high` of the cgroup `dir` of container `id` for a restore. Until it is put back no limit is
+    /// changed: a newer one would be overwritten.
+    pub(super) async fn make_room(&self, id: &str, dir: &Path) -> Room<'_> {
+        let order = self.0.lock().await;
+        match high::lift(dir) {
+            Ok(lifted) => Room { order: lifted.is_some().then_some(order), lifted },
+            Err(error) => {
+                warn!(%id, %error, "memory.high holds during a restore, which may be slow");
+                Room { lifted: None, order: None }
+            }
+        }
+    }
+
     /// Tells `runc` what it does not know yet. When it fails, the limits hold all the same.
     pub(super) async fn catch_up(&self, runc: &impl Recorder) {
         flush(&mut *self.0.lock().await, runc).await;
+    }
+}
+
+/// What holds while `memory.high` is lifted. It is put back when this goes, before limits change again.
+pub(super) struct Room<'a> {
+    lifted: Option<Lifted>,
+    order: Option<MutexGuard<'a, Vec<LinuxResources>>>,
+}
+
+impl Room<'_> {
+    /// Puts it back: the kernel may reclaim for that, and takes its time.
+    pub(super) async fn over(self) {
+        let Self { lifted, order } = self;
+        if let Some(lifted) = lifted {
+            let _ = tokio::task::spawn_blocking(move || drop(lifted)).await;
+        }
+        drop(order);
     }
 }
 
@@ -129,6 +165,48 @@ mod tests {
         );
         assert!(asleep.is_ok() && awake.is_ok());
         assert_eq!(*runc.told.lock().unwrap(), [1, 2]);
+    }
+
+    #[tokio::test]
+    async fn a_memory_high_that_is_set_during_a_restore_holds_after_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("memory.high");
+        std::fs::write(&file, "4096\n").unwrap();
+        let updates = Updates::default();
+        let room = updates.make_room("a", dir.path()).await;
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "max");
+        let newer = updates.past_runc(limit(1), async {
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), "4096");
+            std::fs::write(&file, "8192").unwrap();
+            Ok(())
+        });
+        let restore = async {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            room.over().await;
+        };
+        let (updated, ()) = tokio::join!(newer, restore);
+        updated.unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "8192");
+    }
+
+    #[tokio::test]
+    async fn without_a_memory_high_limits_change_during_a_restore() {
+        let dir = tempfile::tempdir().unwrap();
+        let updates = Updates::default();
+        let room = updates.make_room("a", dir.path()).await;
+        updates.past_runc(limit(1), async { Ok(()) }).await.unwrap();
+        room.over().await;
+    }
+
+    #[tokio::test]
+    async fn a_restore_that_is_broken_off_puts_it_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("memory.high");
+        std::fs::write(&file, "4096\n").unwrap();
+        let updates = Updates::default();
+        drop(updates.make_room("a", dir.path()).await);
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "4096");
+        updates.past_runc(limit(1), async { Ok(()) }).await.unwrap();
     }
 
     #[tokio::test]

@@ -101,7 +101,12 @@ impl Actor {
                 self.events.publish(event);
                 self.catch_up_with(exec_id);
                 let (exit, exec_id) = (process.exit, exec_id.to_owned());
-                self.beside(async move { Message::ExecExited { exec_id, exit: exit.await } });
+                let runtime = self.runtime.clone();
+                self.beside(async move {
+                    let exit = exit.await;
+                    runtime.ended().await;
+                    Message::ExecExited { exec_id, exit }
+                });
                 Ok(pid)
             }
             Err(error) => {

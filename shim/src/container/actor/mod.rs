@@ -445,7 +445,12 @@ impl Actor {
         let incarnation = self.incarnation;
         self.snapshot.send_modify(|now| now.init.pid = process.pid);
         let exit: ExitFuture = process.exit;
-        self.beside(async move { Message::InitExited { incarnation, exit: exit.await } });
+        let runtime = self.runtime.clone();
+        self.beside(async move {
+            let exit = exit.await;
+            runtime.ended().await;
+            Message::InitExited { incarnation, exit }
+        });
     }
 
     fn record(&self, phase: Phase) {
