@@ -3,18 +3,20 @@
 #![allow(clippy::unwrap_used)]
 
 mod cycle;
+mod events;
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 use agentcube_tests::images::Image;
-use agentcube_tests::node::{Agent, AgentSpec, Node, Runtime, Spawned};
+use agentcube_tests::node::{Agent, AgentSpec, Node, Runtime};
 use containerd_shim::protos::api::{DeleteRequest, KillRequest, WaitRequest};
 use containerd_shim::protos::ttrpc;
 use cycle::{
     SOON, agent, agentcube, assert_asleep, counts_on, cycle, inspect, patience, running, script, shim, sleep,
     sleep_at, start, wake, wakes,
 };
+use events::Events;
 use serde_json::Value;
 
 /// Ends with 42 when it is told to, a moment later: whoever tells it has ended by then.
@@ -161,52 +163,6 @@ fn clients_that_wait_get_the_same_status_over_sleeps() {
         assert_eq!((early.join().unwrap(), late.join().unwrap()), (42, 42));
     });
     assert_eq!(attached.wait(SOON).unwrap().status, 42);
-}
-
-/// What `ctr events` tells of tasks.
-struct Events(Spawned);
-
-impl Events {
-    fn listen(node: &Node) -> Self {
-        let events = Self(node.spawn(&["ctr", "events"]).unwrap());
-        // It does not say when it has begun to listen.
-        let mut count = 0;
-        node.wait_until("ctr events to listen", SOON, || {
-            count += 1;
-            node.ctr(&["namespaces", "create", &format!("listening-{count}")])?;
-            Ok(events.0.stdout().contains("/namespaces/create"))
-        })
-        .unwrap();
-        events
-    }
-
-    /// The events of a container's task so far: what happened, to which process, with which pid and exit status.
-    fn of(&self, id: &str) -> Vec<Value> {
-        let text = self.0.stdout();
-        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-        let parsed = whole.lines().filter_map(|line| {
-            let (head, body) = line.split_at(line.find('{')?);
-            let topic = head.split_whitespace().find(|word| word.starts_with("/tasks/"))?;
-            let mut event: Value = serde_json::from_str(body).unwrap();
-            event["topic"] = topic.into();
-            (event["container_id"] == id).then_some(event)
-        });
-        parsed.collect()
-    }
-
-    /// Waits for the last event of a container's task, and gives back all. (runc's shim sometimes ends before it has
-    /// told of the deletion, which this project's must not.)
-    fn to_the_end(&self, node: &Node, id: &str, runtime: Runtime) -> Vec<Value> {
-        let last = |event: &Value| match runtime {
-            Runtime::Agentcube => event["topic"] == "/tasks/delete",
-            Runtime::Runc => event["topic"] == "/tasks/exit" && event["id"] == id,
-        };
-        let over = || self.of(id).iter().any(last);
-        node.wait_until("the last event", SOON, || Ok(over())).unwrap();
-        // Whatever else comes, comes now.
-        thread::sleep(Duration::from_millis(300));
-        self.of(id)
-    }
 }
 
 /// What an event says beside pids and times, in words that can be compared between runtimes.

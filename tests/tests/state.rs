@@ -12,11 +12,10 @@ use std::time::Duration;
 use agentcube_tests::images::Image;
 use agentcube_tests::node::{Agent, Net, Node, Runtime};
 use agentcube_tests::skipped;
-use containerd_shim::protos::api::{CheckpointTaskRequest, UpdateTaskRequest};
-use containerd_shim::protos::protobuf::well_known_types::any::Any;
+use containerd_shim::protos::api::CheckpointTaskRequest;
 use cycle::{
     SOON, agent, agentcube, assert_asleep, cgroup, counts_on, host_pids, inspect, patience, running, script,
-    shim, sleep, sleep_at, start, wake, wakes,
+    shim, sleep, sleep_at, start, update, wake, wakes,
 };
 use serde_json::{Value, json};
 
@@ -415,17 +414,6 @@ fn a_pause_in_the_middle_of_a_clients_checkpoint_holds_after_it() {
     }
 }
 
-fn update(node: &Node, agent: &Agent, resources: &Value) {
-    let resources = Any {
-        type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
-        value: resources.to_string().into_bytes(),
-        ..Any::default()
-    };
-    let request =
-        UpdateTaskRequest { id: agent.id().into(), resources: Some(resources).into(), ..Default::default() };
-    shim(node, agent, async |task| task.update(patience(), &request).await).unwrap();
-}
-
 #[test]
 fn limits_changed_in_its_sleep_hold_at_once_and_after_the_wake() {
     let node = start();
@@ -435,12 +423,13 @@ fn limits_changed_in_its_sleep_hold_at_once_and_after_the_wake() {
     sleep(&node, &counter);
 
     // A limit that needs no controller.
-    update(&node, &counter, &json!({ "unified": { "cgroup.max.descendants": "7" } }));
+    update(&node, &counter, &json!({ "unified": { "cgroup.max.descendants": "7" } })).unwrap();
     assert_eq!(limit("cgroup.max.descendants"), "7");
     assert_asleep(&node, &counter);
     let controllers = node.has_controller("memory") && node.has_controller("pids");
     if controllers {
-        update(&node, &counter, &json!({ "memory": { "limit": 64 << 20 }, "pids": { "limit": 33 } }));
+        update(&node, &counter, &json!({ "memory": { "limit": 64 << 20 }, "pids": { "limit": 33 } }))
+            .unwrap();
         assert_eq!((limit("memory.max"), limit("pids.max")), ((64 << 20).to_string(), "33".to_owned()));
         assert_asleep(&node, &counter);
     }

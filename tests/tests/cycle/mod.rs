@@ -10,6 +10,8 @@ use std::time::Duration;
 use agentcube_tests::images::Image;
 use agentcube_tests::node::{Agent, AgentSpec, Node, NodeOptions, Runtime};
 use agentcube_tests::patience::scaled;
+use containerd_shim::protos::api::UpdateTaskRequest;
+use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::{shim_async::TaskClient, ttrpc};
 use serde_json::Value;
 
@@ -165,4 +167,16 @@ where
 /// How long a call of [`shim`] may take.
 pub fn patience() -> ttrpc::context::Context {
     ttrpc::context::with_duration(scaled(SOON))
+}
+
+/// Changes limits as containerd does, for `ctr` has no command for it.
+pub fn update(node: &Node, agent: &Agent, resources: &Value) -> Result<(), ttrpc::Error> {
+    let resources = Any {
+        type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+        value: resources.to_string().into_bytes(),
+        ..Any::default()
+    };
+    let request =
+        UpdateTaskRequest { id: agent.id().into(), resources: Some(resources).into(), ..Default::default() };
+    shim(node, agent, async |task| task.update(patience(), &request).await).map(drop)
 }

@@ -1,14 +1,10 @@
-//! Limits of memory across sleeps. They need the memory controller of cgroup v2, which a virtual node has:
-//! `make test-vm` runs them there.
-
-#![allow(clippy::unwrap_used)]
-
-mod ballast;
-mod cycle;
+//! Limits of memory at a wake.
 
 use agentcube_tests::node::{Agent, Node};
-use ballast::{BALLAST, agent_with_ballast, has_swap, limit, node, sleep_soon, value};
-use cycle::{agentcube, assert_asleep, inspect, running, wake};
+
+use crate::ballast::{BALLAST, agent_with_ballast, has_swap, limit, node, sleep_soon, value};
+use crate::cycle::{agentcube, assert_asleep, inspect, running, wake};
+use crate::events::Events;
 
 fn oom_kills(node: &Node, agent: &Agent) -> u64 {
     value(node, agent, "memory.events", "oom_kill ")
@@ -17,6 +13,7 @@ fn oom_kills(node: &Node, agent: &Agent) -> u64 {
 #[test]
 fn a_wake_that_needs_more_memory_than_its_limit_fails_and_the_image_is_kept() {
     let Some(node) = node() else { return };
+    let events = Events::listen(node);
     let (agent, digest) = agent_with_ballast(node, "short", 8101);
     sleep_soon(node, &agent);
     let pid = running(&agent);
@@ -37,6 +34,8 @@ fn a_wake_that_needs_more_memory_than_its_limit_fails_and_the_image_is_kept() {
     limit(node, &agent, "memory.max", "max");
     wake(node, &agent);
     assert_eq!(agent.digest().unwrap(), digest);
+    let told: Vec<_> = events.of("short").into_iter().map(|event| event["topic"].clone()).collect();
+    assert_eq!(told, ["/tasks/create", "/tasks/start"], "an OOM kill or an exit was told");
 }
 
 #[test]
