@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 #![allow(dead_code, reason = "each test file uses what it needs")]
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -17,11 +18,11 @@ pub struct Events(Spawned);
 impl Events {
     /// Listens from now on.
     pub fn listen(node: &Node) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
         let events = Self(node.spawn(&["ctr", "events"]).unwrap());
-        // It does not say when it has begun to listen.
-        let mut count = 0;
+        // It does not say when it has begun to listen. Each name is new, whoever else listens on the node.
         node.wait_until("ctr events to listen", SOON, || {
-            count += 1;
+            let count = COUNT.fetch_add(1, Ordering::Relaxed);
             node.ctr(&["namespaces", "create", &format!("listening-{count}")])?;
             Ok(events.0.stdout().contains("/namespaces/create"))
         })

@@ -10,12 +10,13 @@ use crate::ballast::{BALLAST, agent_with_ballast, limit, node, sleep_soon};
 use crate::cycle::{SOON, agentcube, assert_asleep, cgroup, inspect, running, sleep, update, wake};
 use crate::{run, waiting};
 
-/// CRIU, but as long as a file is there it waits and says so, and then it fails if another is there.
+/// CRIU, but as long as the file AGENT/hold is there it waits and says so, and then it fails if AGENT/fail is there.
 const CRIU: &str = "#!/bin/sh
-[ -e /run/hold ] || exec criu \"$@\"
-touch /run/held
-while [ -e /run/hold ]; do sleep 0.1; done
-[ ! -e /run/fail ] || exit 1
+cd AGENT
+[ -e hold ] || exec criu \"$@\"
+touch held
+while [ -e hold ]; do sleep 0.1; done
+[ ! -e fail ] || exit 1
 exec criu \"$@\"
 ";
 
@@ -23,17 +24,19 @@ exec criu \"$@\"
 struct Held<'node> {
     node: &'node Node,
     agent: Agent<'node>,
+    folder: String,
 }
 
 impl<'node> Held<'node> {
     fn start(node: &'node Node, id: &str) -> Self {
-        node.write_file("/usr/local/bin/criu-held", CRIU).unwrap();
-        let options =
-            "(cat SHIM_TOML; echo 'criu_binary = \"/usr/local/bin/criu-held\"') >/etc/agentcube/held.toml";
-        let options = options.replace("SHIM_TOML", SHIM_TOML);
-        node.sh(&format!("chmod 755 /usr/local/bin/criu-held; {options}")).unwrap();
-        let spec = waiting(id).flag("--runtime-config-path").flag("/etc/agentcube/held.toml");
-        Self { node, agent: run(node, &spec) }
+        let folder = format!("/run/held-{id}");
+        let (criu, options) = (format!("{folder}/criu"), format!("{folder}/shim.toml"));
+        node.sh(&format!("mkdir {folder}; (cat {SHIM_TOML}; echo 'criu_binary = \"{criu}\"') >{options}"))
+            .unwrap();
+        node.write_file(&criu, &CRIU.replace("AGENT", &folder)).unwrap();
+        node.sh(&format!("chmod 755 {criu}")).unwrap();
+        let spec = waiting(id).flag("--runtime-config-path").flag(options);
+        Self { node, agent: run(node, &spec), folder }
     }
 
     fn set(&self, high: u64) {
@@ -46,10 +49,10 @@ impl<'node> Held<'node> {
 
     /// Wakes it, and does `meanwhile` while CRIU waits.
     fn wake_and(&self, meanwhile: impl FnOnce()) -> Result<Value, String> {
-        self.node.sh("rm -f /run/held; touch /run/hold").unwrap();
+        self.sh("rm -f held; touch hold");
         thread::scope(|scope| {
             let waking = scope.spawn(|| agentcube(self.node, &self.agent, &["wake"]));
-            let held = || Ok(self.node.exec(&["test", "-e", "/run/held"])?.status == 0);
+            let held = || Ok(self.node.exec(&["test", "-e", &format!("{}/held", self.folder)])?.status == 0);
             self.node.wait_until("CRIU to be started", SOON, held).unwrap();
             assert_eq!(self.high(), "max");
             meanwhile();
@@ -58,7 +61,11 @@ impl<'node> Held<'node> {
     }
 
     fn release(&self) {
-        self.node.sh("rm -f /run/hold").unwrap();
+        self.sh("rm -f hold");
+    }
+
+    fn sh(&self, text: &str) {
+        self.node.sh(&format!("cd {}; {text}", self.folder)).unwrap();
     }
 }
 
@@ -72,9 +79,9 @@ fn memory_high_is_lifted_for_a_restore_and_put_back_however_that_ends() {
     sleep(node, agent);
     assert_eq!(held.high(), set.to_string());
 
-    node.sh("touch /run/fail").unwrap();
+    held.sh("touch fail");
     let error = held.wake_and(|| held.release()).unwrap_err();
-    node.sh("rm /run/fail").unwrap();
+    held.sh("rm fail");
     println!("{error}");
     assert_eq!(held.high(), set.to_string(), "after a restore that failed");
     assert_asleep(node, agent);
