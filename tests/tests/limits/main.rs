@@ -70,8 +70,7 @@ impl Limits {
             let mode = entry.metadata().unwrap().mode();
             if mode & 0o600 == 0o600
                 && is_limit(&name)
-                && !name.ends_with(".pressure")
-                && !name.ends_with(".peak")
+                && !["pressure", "peak"].iter().any(|end| name.rsplit('.').next() == Some(end))
             {
                 files.insert(name, fs::read_to_string(entry.path()).unwrap().trim().to_owned());
             }
