@@ -77,21 +77,11 @@ test: setup
 	AGENTCUBE_TEST_ROOTFS="$$($(OUTPUT)/node rootfs)" cargo test --workspace --locked --no-fail-fast --test '*'
 	@$(MAKE) --no-print-directory test-vm
 
-# cargo starts each test binary with what stands here, and that runs it in a virtual machine of its own.
-IN_VM = cargo test --workspace --locked \
-	--config "target.'cfg(all())'.runner = ['$(abspath $(OUTPUT)/node)', 'vm', 'run']"
-
 ifeq ($(shell uname -m),x86_64)
 test-vm: setup
 	@$(OUTPUT)/node vm setup
 	@echo "Tests in virtual machines: without KVM they are emulated, and this takes minutes."
-	$(IN_VM) --test state limits_
-	$(IN_VM) --test live -- incremental a_counter_goes_on_over_five_cycles runc_works_on_a_restored_container
-	$(IN_VM) --test fast memory_is_written_in_advance
-	$(IN_VM) --test limits
-	$(IN_VM) --test reclaim
-	$(IN_VM) --test clients wake
-	AGENTCUBE_MODEL_SECONDS=40 $(IN_VM) --test model
+	$(OUTPUT)/node vm test tests/virtual-nodes.toml
 else
 test-vm:
 	@echo "skipped: virtual nodes exist on x86_64 alone"

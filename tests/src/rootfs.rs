@@ -26,6 +26,7 @@ const PACKAGES: &[&str] = &[
     "criu",
     "crun",
     "curl",
+    "dbus",
     "iproute2",
     "iptables",
     "jq",
@@ -36,6 +37,7 @@ const PACKAGES: &[&str] = &[
     "procps",
     "python3",
     "runc",
+    "systemd-sysv",
     "util-linux",
 ];
 

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use agentcube_tests::node::{self, Entrance, Node, NodeError, NodeOptions};
-use agentcube_tests::vm::{self, VmOptions};
+use agentcube_tests::vm::{self, GuestCommand, VmOptions};
 use agentcube_tests::{old_runc, rootfs};
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -82,15 +82,32 @@ enum VmVerb {
         /// How many seconds all of it may take
         #[arg(long, env = "AGENTCUBE_VM_TIMEOUT", default_value_t = VmOptions::default().timeout.as_secs())]
         timeout: u64,
+        /// Boot systemd as the first process
+        #[arg(long, env = "AGENTCUBE_VM_SYSTEMD")]
+        systemd: bool,
         /// The command
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         words: Vec<String>,
     },
+    /// Run the suites of a list, several in each virtual machine and as many machines at a time as fit
+    Test {
+        /// The list: machines with their kernels and suites, in TOML
+        list: PathBuf,
+        /// Run only the machines with the kernel of this release of Debian
+        #[arg(long, env = "AGENTCUBE_VM_KERNEL")]
+        kernel: Option<String>,
+        /// The memory of each virtual machine in MiB
+        #[arg(long, env = "AGENTCUBE_VM_MEMORY", default_value_t = VmOptions::default().memory_mib)]
+        memory: u32,
+        /// How many seconds each virtual machine may take
+        #[arg(long, env = "AGENTCUBE_VM_TIMEOUT", default_value_t = 1200)]
+        timeout: u64,
+    },
     /// Make the disks of virtual machines unless that is done
     Setup {
-        /// The release of Debian whose kernel is fetched
-        #[arg(long, env = "AGENTCUBE_VM_KERNEL", default_value = vm::KERNEL)]
-        kernel: String,
+        /// The releases of Debian whose kernels are fetched
+        #[arg(long = "kernel", env = "AGENTCUBE_VM_KERNEL", value_delimiter = ',', default_values = vm::KERNELS)]
+        kernels: Vec<String>,
     },
     #[command(hide = true)]
     Init,
@@ -160,19 +177,36 @@ fn run(entrance: &Entrance, words: Vec<OsString>) -> anyhow::Result<i32> {
 
 fn virtual_machine(verb: VmVerb) -> anyhow::Result<i32> {
     match verb {
-        VmVerb::Run { kernel, memory, timeout, words } => {
-            // What a test run is told goes on into the machine.
-            let told = ["RUST_", "AGENTCUBE_MODEL_"];
-            let env = std::env::vars()
-                .filter(|(name, _)| told.iter().any(|prefix| name.starts_with(prefix)))
-                .collect();
+        VmVerb::Run { kernel, memory, timeout, systemd, words } => {
             let timeout = Duration::from_secs(timeout);
-            let options = VmOptions { kernel, memory_mib: memory, timeout, env, ..VmOptions::default() };
-            Ok(vm::run(&options, &words, std::io::stdout())?)
+            let options = VmOptions { kernel, memory_mib: memory, timeout, systemd, ..VmOptions::default() };
+            let command = GuestCommand { title: None, argv: words, env: told() };
+            let ended = vm::run(&options, &[command], std::io::stdout())?;
+            Ok(ended.last().map_or(0, |ended| ended.code))
         }
-        VmVerb::Setup { kernel } => vm::prepare(&kernel).map(|()| 0).map_err(Into::into),
+        VmVerb::Test { list, kernel, memory, timeout } => {
+            let mut plans = vm::plans(&list)?;
+            plans.retain(|plan| kernel.as_ref().is_none_or(|kernel| *kernel == plan.kernel));
+            for command in plans.iter_mut().flat_map(|plan| &mut plan.commands) {
+                // What the list says counts for more.
+                command.env.splice(0..0, told());
+            }
+            let timeout = Duration::from_secs(timeout);
+            let options = VmOptions { memory_mib: memory, timeout, ..VmOptions::default() };
+            Ok(i32::from(!vm::test(&plans, &options)))
+        }
+        VmVerb::Setup { kernels } => {
+            kernels.iter().try_for_each(|kernel| vm::prepare(kernel))?;
+            Ok(0)
+        }
         VmVerb::Init => vm::init().map(|()| 0).map_err(Into::into),
     }
+}
+
+/// What a test run is told by variables goes on into the machine.
+fn told() -> Vec<(String, String)> {
+    let prefixes = ["RUST_", "AGENTCUBE_MODEL_"];
+    std::env::vars().filter(|(name, _)| prefixes.iter().any(|prefix| name.starts_with(prefix))).collect()
 }
 
 fn find(node: Option<String>) -> anyhow::Result<Entrance> {

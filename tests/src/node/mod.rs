@@ -7,6 +7,7 @@ mod error;
 mod http;
 mod init;
 mod leftovers;
+mod machine;
 mod process;
 mod supervisor;
 
@@ -40,6 +41,7 @@ pub use error::{NodeError, Result};
 pub use http::{Reply, ask, connect, request};
 pub use init::init;
 pub use leftovers::Leftovers;
+pub use machine::has_systemd;
 pub use process::{NodeCommand, Output, Spawned, TIMEOUT};
 pub use supervisor::supervise;
 
@@ -103,7 +105,8 @@ pub struct Node {
     net: OwnedFd,
     containerd: Mutex<Option<Spawned>>,
     imported: Mutex<HashSet<(Image, String)>>,
-    supervisor: Child,
+    /// None for the machine itself as a node.
+    supervisor: Option<Child>,
     /// The supervisor watches the other end of this pipe.
     lifeline: Option<ChildStdin>,
 }
@@ -149,7 +152,7 @@ impl Node {
             rootfs,
             containerd: Mutex::default(),
             imported: Mutex::default(),
-            supervisor,
+            supervisor: Some(supervisor),
             lifeline: Some(lifeline),
         };
         node.furnish()?;
@@ -455,8 +458,9 @@ impl Node {
     /// # Errors
     /// When waiting fails.
     pub fn wait_for_end(&mut self) -> Result<()> {
+        let Some(supervisor) = &mut self.supervisor else { return Ok(()) };
         // Unlike Child::wait, this leaves the lifeline open.
-        self.supervisor.wait().map(drop).doing(|| "waiting for the node's end".into())
+        supervisor.wait().map(drop).doing(|| "waiting for the node's end".into())
     }
 
     fn net(&self) -> &OwnedFd {
@@ -489,19 +493,20 @@ impl Drop for Node {
             );
         }
         drop(self.lifeline.take());
-        if matches!(self.supervisor.try_wait(), Ok(Some(_))) {
+        let Some(supervisor) = &mut self.supervisor else { return };
+        if matches!(supervisor.try_wait(), Ok(Some(_))) {
             return;
         }
         // The supervisor kills everything. To wait here keeps one test's end out of the next one's time.
-        let waited = supervisor::open_pidfd(self.supervisor.id()).is_ok_and(|pidfd| {
+        let waited = supervisor::open_pidfd(supervisor.id()).is_ok_and(|pidfd| {
             let timeout = Timespec::try_from(scaled(FAREWELL)).unwrap_or_default();
             poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)).is_ok_and(|ended| ended > 0)
         });
         if waited {
             // It is a zombie by now.
-            let _ = self.supervisor.wait();
+            let _ = supervisor.wait();
         } else {
-            eprintln!("{} did not end within {FAREWELL:?}", self.name());
+            eprintln!("{} did not end within {FAREWELL:?}", self.entrance.name);
         }
     }
 }

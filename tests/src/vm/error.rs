@@ -65,12 +65,14 @@ pub enum VmError {
     },
     /// The machine took too long.
     #[error(
-        "the virtual machine was ended after {} s; its console is in {}, which ends with:\n{tail}",
-        .after.as_secs(), .console.display()
+        "the virtual machine was ended after {} s, its time limit{}; its console is in {}, which ends with:\n{tail}",
+        .after.as_secs(), during(.command), .console.display()
     )]
     Timeout {
         /// How long it may take.
         after: Duration,
+        /// The title of the command that ran; empty for none.
+        command: String,
         /// Where what it printed on its console is.
         console: PathBuf,
         /// The last lines of that.
@@ -78,20 +80,38 @@ pub enum VmError {
     },
     /// The machine ended before the command did.
     #[error(
-        "the virtual machine ended ({how}) before its command did; its console is in {}, which ends with:\n{tail}",
-        .console.display()
+        "the virtual machine ended ({how}) before all of its commands did{}; its console is in {}, which ends with:\n{tail}",
+        during(.command), .console.display()
     )]
     Died {
         /// How QEMU ended, and what it said.
         how: String,
+        /// The title of the command that ran; empty for none.
+        command: String,
         /// Where what it printed on its console is.
         console: PathBuf,
         /// The last lines of that.
         tail: String,
     },
+    /// The list of what to test can't be used.
+    #[error("{path}: {why}")]
+    Suites {
+        /// The list.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The test binaries could not be built.
+    #[error("cargo could not build the test binaries: {0}")]
+    Cargo(String),
     /// The process that wanted the machine is gone.
     #[error("the process that started this one is gone, and the virtual machine with it")]
     Orphaned,
+}
+
+/// For messages: while which command it happened.
+fn during(command: &str) -> String {
+    if command.is_empty() { String::new() } else { format!(", while it ran {command:?}") }
 }
 
 /// Results of virtual machines.

@@ -1,11 +1,13 @@
-//! The first process of a virtual machine: it makes a node of the machine, runs one command, tells how that ended, and
-//! powers off.
+//! The first process of a virtual machine: it makes a node of the machine, runs its commands one after another, tells
+//! how each ended, and powers off.
 
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 use rustix::process::{Pid, WaitOptions, wait};
@@ -29,6 +31,9 @@ pub(super) const MODULES_LABEL: &str = "agentcube-mod";
 
 /// Where the node's root file system is seen without what is mounted on it.
 const ROOTFS: &str = "/run/agentcube-rootfs";
+
+/// The unit of the commands where systemd is the first process.
+const UNIT: &str = "/run/systemd/system/agentcube-tests.service";
 
 /// The harness's cache folder is in here.
 const CACHE: &str = "/var/cache";
@@ -66,14 +71,33 @@ pub(super) fn command_line() -> String {
     )
 }
 
+/// A command for a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestCommand {
+    /// What is printed before its output, if anything.
+    pub title: Option<String>,
+    /// The command line. A program that is named by a path of this machine goes in, with the programs of the same
+    /// build; others are those of the node's root file system.
+    pub argv: Vec<String>,
+    /// More environment variables.
+    pub env: Vec<(String, String)>,
+}
+
+/// How a command of a guest ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// Its exit status, as shells tell it.
+    pub code: i32,
+    /// How long it took.
+    pub after: Duration,
+}
+
 /// What the guest is to do.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Plan {
-    /// The command.
-    pub(super) argv: Vec<String>,
-    /// More environment variables.
-    pub(super) env: Vec<(String, String)>,
-    /// The folder where it runs; made when missing.
+    /// One after another.
+    pub(super) commands: Vec<GuestCommand>,
+    /// The folder where they run; made when missing.
     pub(super) cwd: PathBuf,
     /// Where the host has the programs of this build: they are found there in the guest too.
     pub(super) programs: PathBuf,
@@ -81,6 +105,8 @@ pub(super) struct Plan {
     pub(super) patience: u32,
     /// The guest's memory in MiB.
     pub(super) memory_mib: u32,
+    /// systemd is the guest's first process once the machine is a node, and the commands are a unit of its.
+    pub(super) systemd: bool,
 }
 
 impl Plan {
@@ -98,48 +124,89 @@ impl Plan {
     }
 }
 
-/// The exit status of the guest's command; none when it has not told.
-pub(super) fn last_word(status: &Path) -> Option<i32> {
-    let text = fs::read_to_string(status).ok()?;
-    text.strip_prefix("exit ")?.strip_suffix('\n')?.parse().ok()
+/// How the guest's commands ended, as far as it has told.
+pub(super) fn told(status: &Path) -> Vec<Ended> {
+    let text = fs::read_to_string(status).unwrap_or_default();
+    // What follows the last line's end has not arrived whole.
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole.lines().map_while(parse_ended).collect()
 }
 
-/// Runs the guest's first process. It does not come back.
+fn parse_ended(line: &str) -> Option<Ended> {
+    let (code, millis) = line.strip_prefix("exit ")?.split_once(" after ")?;
+    Some(Ended { code: code.parse().ok()?, after: Duration::from_millis(millis.parse().ok()?) })
+}
+
+/// Runs the guest's first process, or what systemd runs for it. It does not come back.
 ///
 /// # Errors
 /// None that anybody would see: they go to the console, and the machine powers off.
 pub fn init() -> Result<()> {
-    if std::process::id() == 1 {
-        if let Err(error) = live() {
-            eprintln!("agentcube: {error}");
-        }
-        rustix::fs::sync();
-        reboot(RebootCommand::PowerOff).doing(|| "powering off".into())?;
+    let first = std::process::id() == 1;
+    if !first && !Path::new(UNIT).exists() {
+        return Err(VmError::Io {
+            doing: "running as the first process of a virtual machine".into(),
+            source: std::io::ErrorKind::Unsupported.into(),
+        });
     }
-    Err(VmError::Io {
-        doing: "running as the first process of a virtual machine".into(),
-        source: std::io::ErrorKind::Unsupported.into(),
-    })
+    if let Err(error) = live(first) {
+        eprintln!("agentcube: {error}");
+    }
+    rustix::fs::sync();
+    reboot(RebootCommand::PowerOff).doing(|| "powering off".into())
 }
 
-fn live() -> Result<()> {
+fn live(first: bool) -> Result<()> {
     let plan = Plan::read()?;
-    mount_all()?;
+    if first {
+        mount_all()?;
+    }
     let output = port("output")?;
-    let mut status = port("status")?;
-    if let Err(error) = furnish(&plan) {
+    let status = port("status")?;
+    if first && let Err(error) = furnish(&plan) {
         let _ = writeln!(&output, "The virtual node is not complete: {error}");
         return Err(error);
     }
-    let code = match run(&plan, &output) {
-        Ok(code) => code,
-        Err(error) => {
-            let _ = writeln!(&output, "{error}");
+    if first && plan.systemd {
+        drop((output, status));
+        return hand_over();
+    }
+    run_all(&plan, &output, status)
+}
+
+/// systemd becomes the first process, and runs this program as a service.
+fn hand_over() -> Result<()> {
+    let doing = || "handing over to systemd".to_owned();
+    fs::create_dir_all(Path::new(UNIT).parent().unwrap_or(Path::new("/"))).doing(doing)?;
+    let unit = format!(
+        "[Unit]\nWants=dbus.socket\nAfter=dbus.socket\n\
+         [Service]\nExecStart={INPUT}/programs/node vm init\nDelegate=yes\nTasksMax=infinity\n\
+         StandardOutput=tty\nStandardError=tty\nTTYPath=/dev/console\n"
+    );
+    fs::write(UNIT, unit).doing(doing)?;
+    // Without one this would be a first boot, with questions.
+    fs::write("/etc/machine-id", "0123456789abcdef0123456789abcdef\n").doing(doing)?;
+    let name = Path::new(UNIT).file_name().unwrap_or_default().to_string_lossy();
+    let mut systemd = Command::new("/usr/lib/systemd/systemd");
+    systemd.arg(format!("--unit={name}")).env_clear().env("PATH", PATH);
+    Err(systemd.exec()).doing(doing)
+}
+
+fn run_all(plan: &Plan, output: &File, mut status: File) -> Result<()> {
+    for command in &plan.commands {
+        if let Some(title) = &command.title {
+            let _ = writeln!(&*output, "--- {title}");
+        }
+        let start = Instant::now();
+        let code = run(plan, command, output).unwrap_or_else(|error| {
+            let _ = writeln!(&*output, "{error}");
             // As shells do.
             127
-        }
-    };
-    status.write_all(format!("exit {code}\n").as_bytes()).doing(|| "telling the exit status".into())
+        });
+        let told = format!("exit {code} after {}\n", start.elapsed().as_millis());
+        status.write_all(told.as_bytes()).doing(|| "telling an exit status".into())?;
+    }
+    Ok(())
 }
 
 fn mount_all() -> Result<()> {
@@ -248,9 +315,9 @@ fn tool(program: &str, arguments: &[&str]) -> Result<()> {
     Err(std::io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned())).doing(doing)
 }
 
-/// Runs the command to its end, and reaps what it leaves behind.
-fn run(plan: &Plan, output: &File) -> Result<i32> {
-    let Some((program, arguments)) = plan.argv.split_first() else {
+/// Runs a command to its end, and reaps what it and those before it leave behind.
+fn run(plan: &Plan, wanted: &GuestCommand, output: &File) -> Result<i32> {
+    let Some((program, arguments)) = wanted.argv.split_first() else {
         return Err(std::io::Error::other("no command given")).doing(|| "running a command".into());
     };
     let doing = || format!("running {program} in the virtual machine");
@@ -261,7 +328,7 @@ fn run(plan: &Plan, output: &File) -> Result<i32> {
     command.env("HOME", "/root").env("LANG", "C.UTF-8").env("TERM", "dumb");
     command.env("XDG_CACHE_HOME", CACHE).env("AGENTCUBE_TEST_ROOTFS", ROOTFS);
     command.env(patience::VARIABLE, plan.patience.to_string());
-    command.envs(plan.env.iter().map(|(name, value)| (name, value)));
+    command.envs(wanted.env.iter().map(|(name, value)| (name, value)));
     let child = Pid::from_child(&command.spawn().doing(doing)?);
     loop {
         match wait(WaitOptions::empty()) {
@@ -281,27 +348,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_word_counts_only_when_it_is_whole() {
+    fn an_end_counts_only_when_it_was_told_whole() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        for (text, code) in
-            [("exit 3\n", Some(3)), ("exit 0\n", Some(0)), ("exit 3", None), ("", None), ("exit x\n", None)]
-        {
+        for (text, codes) in [
+            ("exit 3 after 12\n", vec![3]),
+            ("exit 0 after 1\nexit -1 after 2\n", vec![0, -1]),
+            ("exit 0 after 1\nexit 1 after 2", vec![0]),
+            ("exit 0\nexit 0 after 1\n", vec![]),
+            ("exit x after 1\n", vec![]),
+            ("", vec![]),
+        ] {
             fs::write(file.path(), text).unwrap();
-            assert_eq!(last_word(file.path()), code, "{text:?}");
+            let told: Vec<i32> = told(file.path()).iter().map(|ended| ended.code).collect();
+            assert_eq!(told, codes, "{text:?}");
         }
-        assert_eq!(last_word(Path::new("/nonexistent")), None);
+        assert_eq!(told(Path::new("/nonexistent")), []);
     }
 
     #[test]
     fn a_plan_is_read_as_it_was_written() {
         let folder = tempfile::tempdir().unwrap();
-        let plan = Plan {
+        let command = GuestCommand {
+            title: Some("a title".into()),
             argv: vec!["a".into(), "b c".into()],
             env: vec![("X".into(), "1".into())],
+        };
+        let plan = Plan {
+            commands: vec![command],
             cwd: "/here".into(),
             programs: "/target".into(),
             patience: 20,
             memory_mib: 1024,
+            systemd: false,
         };
         plan.write(folder.path()).unwrap();
         let read: Plan = serde_json::from_slice(&fs::read(folder.path().join("plan.json")).unwrap()).unwrap();

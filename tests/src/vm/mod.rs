@@ -2,18 +2,22 @@
 //! controller of cgroup v2, and swap. Nothing is shared and there is no network: what the command needs goes in on a
 //! disk, what it prints comes out through a virtual serial port.
 //!
-//! Test binaries run there unchanged, by cargo's own means:
+//! Test binaries run there unchanged. `node vm test` runs those that a file lists, several in each machine and several
+//! machines at a time (`make test-vm`); for one alone there are cargo's own means:
 //! ```text
 //! cargo test --config "target.'cfg(all())'.runner = ['target/debug/node', 'vm', 'run']" --test state
 //! ```
 
 mod disk;
 mod error;
+mod fleet;
 mod guest;
 mod kernel;
 mod qemu;
+mod suites;
 mod work;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read as _, Write};
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -32,8 +36,10 @@ use crate::images::Image;
 use crate::rootfs;
 
 pub use error::{Result, VmError};
-pub use guest::init;
+pub use fleet::test;
+pub use guest::{Ended, GuestCommand, init};
 pub use qemu::Accelerator;
+pub use suites::{MachinePlan, plans};
 
 use error::Doing as _;
 use guest::Plan;
@@ -42,6 +48,9 @@ use work::Work;
 
 /// The release of Debian whose kernel boots when nothing is said: that of the node's root file system.
 pub const KERNEL: &str = "forky";
+
+/// The releases of Debian whose kernels the tests are run on: 6.12, and the newest.
+pub const KERNELS: [&str; 2] = ["trixie", KERNEL];
 
 /// How a virtual machine is to be.
 #[derive(Debug, Clone)]
@@ -56,8 +65,8 @@ pub struct VmOptions {
     pub timeout: Duration,
     /// How the guest's instructions are executed.
     pub accelerator: Accelerator,
-    /// Environment variables for the command.
-    pub env: Vec<(String, String)>,
+    /// systemd is the guest's first process.
+    pub systemd: bool,
 }
 
 impl Default for VmOptions {
@@ -68,7 +77,7 @@ impl Default for VmOptions {
             processors: 2,
             timeout: Duration::from_mins(10),
             accelerator: Accelerator::choose(),
-            env: Vec::new(),
+            systemd: false,
         }
     }
 }
@@ -87,25 +96,28 @@ fn supported() -> Result<()> {
     if std::env::consts::ARCH == "x86_64" { Ok(()) } else { Err(VmError::Architecture) }
 }
 
-/// Runs a command in a virtual machine of its own and gives back its exit status. A program that is named by a path of
-/// this machine goes in, with the programs of the same build; others are those of the node's root file system. What it
-/// prints goes to `output` as it comes.
+/// Runs commands in a virtual machine of their own, one after another, whether or not those before were successful.
+/// Gives back how each ended. What they print goes to `output` as it comes.
 ///
 /// # Errors
 /// When the machine can't be made, dies, or does not end in time.
-pub fn run(options: &VmOptions, argv: &[String], output: impl Write + Send + 'static) -> Result<i32> {
+pub fn run(
+    options: &VmOptions,
+    commands: &[GuestCommand],
+    output: impl Write + Send + 'static,
+) -> Result<Vec<Ended>> {
     supported()?;
     let kernel = kernel::ensure(&options.kernel)?;
     let root = disk::root()?;
     let work = Work::make()?;
-    let (programs, cwd) = fill(&work, argv)?;
+    let (programs, cwd) = fill(&work, commands)?;
     let plan = Plan {
-        argv: argv.to_vec(),
-        env: options.env.clone(),
+        commands: commands.to_vec(),
         cwd,
         programs,
         patience: options.accelerator.patience(),
         memory_mib: options.memory_mib,
+        systemd: options.systemd,
     };
     plan.write(&work.input())?;
     let input = work.path("input.ext4");
@@ -129,28 +141,31 @@ pub fn run(options: &VmOptions, argv: &[String], output: impl Write + Send + 'st
     let ended = watch(&mut qemu, options.timeout);
     // The pipe ends with QEMU.
     let _ = copier.join();
-    match (ended?, guest::last_word(&status)) {
-        (End::Itself(_), Some(code)) => Ok(code),
-        (End::Itself(how), None) => {
-            let (console, tail) = work.keep_console();
-            Err(VmError::Died { how, console, tail })
+    let told = guest::told(&status);
+    let under_way = || commands.get(told.len()).and_then(|command| command.title.clone());
+    match ended? {
+        End::Itself(_) if told.len() == commands.len() => {
+            if told.iter().any(|ended| ended.code != 0) {
+                let (console, _) = work.keep_console();
+                eprintln!("The console of the virtual machine is in {}.", console.display());
+            }
+            Ok(told)
         }
-        (End::Late, _) => {
+        End::Itself(how) => {
             let (console, tail) = work.keep_console();
-            Err(VmError::Timeout { after: options.timeout, console, tail })
+            Err(VmError::Died { how, command: under_way().unwrap_or_default(), console, tail })
         }
-        (End::Orphaned, _) => Err(VmError::Orphaned),
+        End::Late => {
+            let (console, tail) = work.keep_console();
+            let command = under_way().unwrap_or_default();
+            Err(VmError::Timeout { after: options.timeout, command, console, tail })
+        }
+        End::Orphaned => Err(VmError::Orphaned),
     }
-    .inspect(|&code| {
-        if code != 0 {
-            let (console, _) = work.keep_console();
-            eprintln!("The console of the virtual machine is in {}.", console.display());
-        }
-    })
 }
 
 /// Puts in place what the guest gets to read; gives back where this build's programs are, and the working folder.
-fn fill(work: &Work, argv: &[String]) -> Result<(PathBuf, PathBuf)> {
+fn fill(work: &Work, commands: &[GuestCommand]) -> Result<(PathBuf, PathBuf)> {
     let this = std::env::current_exe().doing(|| "finding this program".into())?;
     let folder = this.parent().unwrap_or(Path::new("/"));
     let target = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
@@ -159,8 +174,10 @@ fn fill(work: &Work, argv: &[String]) -> Result<(PathBuf, PathBuf)> {
             work.add(&target.join(name), &Path::new("programs").join(name))?;
         }
     }
-    if let Some(inside) = argv.first().and_then(|program| Path::new(program).strip_prefix(target).ok()) {
-        work.add(&target.join(inside), &Path::new("programs").join(inside))?;
+    let own =
+        |command: &GuestCommand| Some(Path::new(command.argv.first()?).strip_prefix(target).ok()?.to_owned());
+    for inside in commands.iter().filter_map(own).collect::<BTreeSet<_>>() {
+        work.add(&target.join(&inside), &Path::new("programs").join(&inside))?;
     }
     let rootfs = rootfs::ensure()?;
     for image in Image::ALL {
