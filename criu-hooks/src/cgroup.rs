@@ -22,6 +22,9 @@ const CGROUP2_MAGIC: i64 = 0x6367_7270;
 /// back until 10 ms have passed since the last one.
 const RECHECK: Duration = Duration::from_millis(1);
 
+/// The child cgroup of what is in a container's cgroup without being of the container: see [`Cgroup::set_aside`].
+const ASIDE: &str = "agentcube.aside";
+
 /// What can go wrong with a cgroup.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -168,12 +171,18 @@ impl Cgroup {
         Ok(self.events()?.frozen)
     }
 
-    /// Whether a process is in it or below it.
+    /// Whether a process is in it or below it, other than one that was [set aside](Self::set_aside).
     ///
     /// # Errors
     /// When the cgroup is gone.
     pub fn populated(&self) -> Result<bool, Error> {
-        Ok(self.events()?.populated)
+        Ok(self.is_populated(self.events()?))
+    }
+
+    fn is_populated(&self, events: Events) -> bool {
+        let aside = self.path.join(ASIDE).exists();
+        // What is aside counts for the kernel. A cgroup that is gone has nothing in it.
+        events.populated && !(aside && self.procs().is_ok_and(|procs| procs.is_empty()))
     }
 
     /// Returns when no process is left in it.
@@ -181,15 +190,47 @@ impl Cgroup {
     /// # Errors
     /// [`Error::Timeout`].
     pub async fn wait_unpopulated(&self, timeout: Duration) -> Result<(), Error> {
-        self.wait(timeout, "empty", |events| !events.populated).await
+        self.wait(timeout, "empty", |events| !self.is_populated(events)).await
     }
 
-    /// Kills every process in it and below it, frozen or not.
+    /// Kills every process in it and below it, frozen or not. With one [aside](Self::set_aside), which is spared, those
+    /// that are there now: they should stand still.
     ///
     /// # Errors
     /// When the cgroup is gone, or the kernel is older than 5.14.
     pub fn kill(&self) -> Result<(), Error> {
-        self.write("cgroup.kill", "1")
+        if !self.path.join(ASIDE).exists() {
+            return self.write("cgroup.kill", "1");
+        }
+        for pid in self.procs()? {
+            // One that has ended is as good.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        Ok(())
+    }
+
+    /// Puts a process, which is no part of the container, into a child cgroup of its own: for the kernel, and so for
+    /// systemd, the cgroup is not empty any more. For all that is asked and done here it is not there.
+    ///
+    /// # Errors
+    /// When the cgroup is gone, or a process is aside already.
+    pub fn set_aside(&self, pid: Pid) -> Result<(), Error> {
+        // What an earlier one has left; one with processes in it stays, and then there can be no other.
+        let _ = self.clear_aside();
+        let aside = self.path.join(ASIDE);
+        fs::create_dir(&aside).map_err(|source| self.io("make", ASIDE, source))?;
+        Cgroup { path: aside }.add(pid)
+    }
+
+    /// Removes what was for a process that was set aside and has ended.
+    ///
+    /// # Errors
+    /// When it has not ended.
+    pub fn clear_aside(&self) -> Result<(), Error> {
+        match fs::remove_dir(self.path.join(ASIDE)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.io("remove", ASIDE, error)),
+            _ => Ok(()),
+        }
     }
 
     /// Moves a process into it.
@@ -200,7 +241,7 @@ impl Cgroup {
         self.write("cgroup.procs", &pid.to_string())
     }
 
-    /// Every process in it and below it, in no order.
+    /// Every process in it and below it, in no order, without one that was [set aside](Self::set_aside).
     ///
     /// # Errors
     /// When the cgroup is gone.
@@ -293,7 +334,7 @@ fn collect(directory: &Path, found: &mut Vec<Pid>) -> Result<(), Error> {
         return Ok(());
     };
     for entry in entries.flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) && entry.file_name() != ASIDE {
             // A child cgroup may vanish while we look: its processes are then elsewhere or gone.
             let _ = collect(&entry.path(), found);
         }

@@ -40,6 +40,10 @@ const ONE_HEAP: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
 /// The action by which the shim starts itself as the pager of a lazy restore.
 pub const PAGER: &str = "pager";
 
+/// The action by which the shim starts itself as a process that does nothing until its standard input ends: it stands in
+/// for a sleeping agent in a scope of systemd.
+pub const PLACEHOLDER: &str = "placeholder";
+
 /// How long the last events may take to reach containerd when the shim ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 

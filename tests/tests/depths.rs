@@ -682,23 +682,6 @@ while True:
 }
 
 #[test]
-fn under_systemds_cgroup_driver_agents_sleep_frozen() {
-    let node = sleeper::start();
-    node.sh(
-        "printf 'ignore_missing_controllers = true\\nsystemd_cgroup = true\\n' > /etc/agentcube/systemd.toml",
-    )
-    .unwrap();
-    if node.sh("test -d /run/systemd/system").is_err() {
-        return agentcube_tests::skipped("this node has no systemd");
-    }
-    let agent = node.run_agent(&sleeper::configured(python("a"), "/etc/agentcube/systemd.toml")).unwrap();
-    agent.wait_healthy().unwrap();
-    let slept = agentcube(&node, &["sleep", "--or-shallower", "a"]).check().unwrap();
-    assert!(slept.contains("asleep (frozen)") && slept.contains("systemd_cgroup"), "{slept}");
-    assert_eq!(agent.turn().unwrap(), 0);
-}
-
-#[test]
 fn an_agent_under_a_debugger_sleeps_frozen_and_is_still_under_it_after_the_wake() {
     let node = start();
     let debugged = "

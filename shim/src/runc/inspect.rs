@@ -138,9 +138,6 @@ impl RuncContainer {
             .map(|blocker| Reason { kind: blocker.kind().to_owned(), text: blocker.to_string() })
             .collect();
         reasons.extend(self.rebuffed(&seen).map(|text| Reason { kind: "criu".to_owned(), text }));
-        if self.options.systemd_cgroup {
-            reasons.push(Reason { kind: "systemd".to_owned(), text: super::sleep::SYSTEMD.to_owned() });
-        }
         let deepest = if reasons.is_empty() { Depth::Checkpointed } else { Depth::Frozen };
         let Inspection { doubts, closing, next_timer, .. } = seen;
         Ok(Reasons { deepest, reasons, doubts, closing: closing.len(), next_timer })

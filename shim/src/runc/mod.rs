@@ -9,6 +9,7 @@ mod freezer;
 mod inspect;
 mod probed;
 mod process;
+mod scope;
 mod sleep;
 pub mod state_file;
 mod updates;
@@ -40,6 +41,7 @@ use self::{
     freezer::Frozen,
     inspect::Rebuff,
     process::{ProcessHandle, runc_error},
+    scope::Placeholder,
     updates::{Recorder, Updates},
 };
 pub use self::{cleanup::cleanup, create::RuncFactory};
@@ -123,6 +125,8 @@ struct SleepImage {
     alarm: Arc<Alarm>,
     /// Gives back what its cgroup is still charged with.
     emptied: Option<Emptied>,
+    /// Keeps the container's scope, where systemd has made its cgroup.
+    placeholder: Option<Placeholder>,
 }
 
 /// By which engine the image was made, and must be restored.
@@ -316,6 +320,11 @@ impl Runtime for RuncContainer {
             return self.updates.by_runc(resources, &self.recorder()).await;
         }
         let (cgroup, wanted) = (self.cgroup.path().to_owned(), resources.clone());
+        if self.options.systemd_cgroup {
+            let settings = limits::settings(resources, &cgroup);
+            let settings = settings.map_err(|error| RuntimeError::InvalidArgument(error.to_string()))?;
+            scope::set_properties(&self.cgroup, &settings, &self.reaper).await.map_err(precondition)?;
+        }
         // To lower a memory limit the kernel reclaims, and takes its time.
         let apply = async {
             blocking(move || {
@@ -416,8 +425,8 @@ impl Runtime for RuncContainer {
         };
         // Of a container that was killed in its sleep: whoever waited for it learns that it is gone.
         drop(listeners);
-        let Some(SleepImage { kind, kept, ahead, .. }) = image else { return };
-        drop((kept, ahead));
+        let Some(SleepImage { kind, kept, ahead, placeholder, .. }) = image else { return };
+        drop((kept, ahead, placeholder));
         let id = self.id.clone();
         let fill = self.lock().fill.clone();
         let (ImageKind::Direct(mut image) | ImageKind::Runc(mut image)) = kind;

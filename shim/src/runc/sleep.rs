@@ -28,6 +28,7 @@ use tracing::{info, warn};
 use super::{
     Ahead, FREEZE, ImageKind, RuncContainer, SleepImage, blocking, failed, precondition,
     process::{self, ProcessHandle},
+    scope::Placeholder,
     state_file,
 };
 use crate::{
@@ -46,9 +47,8 @@ const DIRECT: &str = "direct";
 /// The engine's name in reports: `runc checkpoint` and `runc restore`.
 const RUNC: &str = "runc";
 
-/// Why a container whose cgroup is systemd's is not checkpointed.
-pub(super) const SYSTEMD: &str = "with systemd_cgroup the container's scope would end with its processes, and its limits with it: \
-     it can sleep frozen, or with the cgroupfs driver";
+/// Why runc cannot checkpoint a container whose cgroup is systemd's.
+const SYSTEMD: &str = "runc is of an unknown kind, and with systemd_cgroup it would end the container's scope: it can sleep frozen";
 
 /// How long CRIU may take, whatever the size.
 const LEAST_TIME: Duration = Duration::from_mins(1);
@@ -119,6 +119,7 @@ struct LastWord<'a> {
     objections: &'a Objections,
     connections: &'a Closing,
     writer: &'a ImageWriter,
+    placeholder: Option<&'a Placeholder>,
     image: Option<Image>,
 }
 
@@ -131,6 +132,7 @@ impl DumpHooks for LastWord<'_> {
         if let Some(busy) = self.connections.come_to_life().await? {
             return Err(busy.to_string().into());
         }
+        self.placeholder.map_or(Ok(()), Placeholder::take_place)?;
         self.image = Some(self.writer.open()?);
         Ok(())
     }
@@ -230,9 +232,6 @@ impl RuncContainer {
     }
 
     async fn freeze_and_dump(&self, veto: Veto, before: Option<&Before>) -> Result<DumpReport, RuntimeError> {
-        if self.options.systemd_cgroup {
-            return Err(precondition(SYSTEMD));
-        }
         let criu = self
             .criu
             .get_or_try_init(async || Preflight::new(self.engine.criu(), &self.reaper).version().await)
@@ -247,6 +246,8 @@ impl RuncContainer {
         if veto.is_raised() {
             return Err(RuntimeError::Vetoed);
         }
+        let placeholder = self.options.systemd_cgroup.then(|| Placeholder::start(&self.cgroup, &self.reaper));
+        let placeholder = placeholder.transpose().map_err(failed)?;
         // Nothing may be thawed again after this: the streams are as they are from here on.
         let frozen = self.freeze_between_work(&container, before, &veto).await?;
         let pids = self.cgroup.procs().map_err(failed)?;
@@ -272,6 +273,7 @@ impl RuncContainer {
                     objections: &objections,
                     connections: &connections,
                     writer: &writer,
+                    placeholder: placeholder.as_ref(),
                     image: None,
                 };
                 let timeout = time_for(stats::resident(self.cgroup.path()));
@@ -290,6 +292,7 @@ impl RuncContainer {
             Err(_) if tcp_close => {
                 return Err(precondition("connections are established, and runc cannot close them"));
             }
+            Err(_) if placeholder.is_some() => return Err(precondition(SYSTEMD)),
             Err(reason) => {
                 warn!(id = %self.id, %reason, "runc is of an unknown kind: it dumps and restores this container itself");
                 let image =
@@ -323,7 +326,9 @@ impl RuncContainer {
         let (alarm, emptied) = (Arc::new(alarm), None);
         let mut inner = self.lock();
         inner.last_pids = pids.into_iter().map(process::number).collect();
-        inner.image = Some(SleepImage { kind, kept: dumped.kept, ahead, tcp_close, timers, alarm, emptied });
+        let kept = dumped.kept;
+        inner.image =
+            Some(SleepImage { kind, kept, ahead, tcp_close, timers, alarm, placeholder, emptied });
         Ok(report)
     }
 

@@ -184,11 +184,14 @@ fn hand_over() -> Result<()> {
          StandardOutput=tty\nStandardError=tty\nTTYPath=/dev/console\n"
     );
     fs::write(UNIT, unit).doing(doing)?;
-    // Without one this would be a first boot, with questions.
+    // Without these this would be a first boot, with work that nobody needs.
     fs::write("/etc/machine-id", "0123456789abcdef0123456789abcdef\n").doing(doing)?;
+    for stamp in ["/etc/.updated", "/var/.updated"] {
+        fs::write(stamp, "").doing(doing)?;
+    }
     let name = Path::new(UNIT).file_name().unwrap_or_default().to_string_lossy();
     let mut systemd = Command::new("/usr/lib/systemd/systemd");
-    systemd.arg(format!("--unit={name}")).env_clear().env("PATH", PATH);
+    systemd.arg(format!("--unit={name}")).arg("--show-status=no").env_clear().env("PATH", PATH);
     Err(systemd.exec()).doing(doing)
 }
 
