@@ -64,8 +64,9 @@ pub(super) fn command_line() -> String {
         "mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys; \
          for i in 1 2 3 4 5 6 7 8 9; do mount -o ro LABEL={INPUT_LABEL} {INPUT} && break; sleep 1; done"
     );
+    // On a busy host an emulated timer can be too late for the kernel's check of it, which then panics.
     format!(
-        "loglevel=5 panic=1 mitigations=off apparmor=0 selinux=0 root=PARTUUID={} rootwait rw \
+        "loglevel=5 panic=1 no_timer_check mitigations=off apparmor=0 selinux=0 root=PARTUUID={} rootwait rw \
          init=/bin/sh -- -c \"{mounts}; exec {INPUT}/programs/node vm init\"",
         disk::ROOT_PARTITION
     )
