@@ -187,6 +187,7 @@ fn virtual_machine(verb: VmVerb) -> anyhow::Result<i32> {
         VmVerb::Test { list, kernel, memory, timeout } => {
             let mut plans = vm::plans(&list)?;
             plans.retain(|plan| kernel.as_ref().is_none_or(|kernel| *kernel == plan.kernel));
+            anyhow::ensure!(!plans.is_empty(), "{} has no machine with that kernel", list.display());
             for command in plans.iter_mut().flat_map(|plan| &mut plan.commands) {
                 // What the list says counts for more.
                 command.env.splice(0..0, told());

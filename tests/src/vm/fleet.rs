@@ -1,10 +1,11 @@
 //! Several virtual machines at a time, with one output.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::num::NonZero;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -19,32 +20,31 @@ const SPARE_MIB: u64 = 512;
 /// line, marked with the machine's name; what became of each suite stands at the end. Gives back whether all passed.
 pub fn test(plans: &[MachinePlan], options: &VmOptions) -> bool {
     let start = Instant::now();
-    let next = AtomicUsize::new(0);
-    let verdicts = Mutex::new(vec![None; plans.len()]);
+    let (next, verdicts) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
     let work = || {
-        while let Some((number, plan)) =
-            Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|n| Some((n, plans.get(n)?)))
-        {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(plan) = plans.get(number) else { return };
             let options = VmOptions { kernel: plan.kernel.clone(), systemd: plan.systemd, ..options.clone() };
             let output = Marked { name: plan.name.clone(), line: Vec::new() };
             let verdict = judge(plan, run(&options, &plan.commands, output));
-            verdicts.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[number] = Some(verdict);
+            verdicts.lock().unwrap_or_else(PoisonError::into_inner).insert(number, verdict);
         }
     };
     let count = at_a_time(processors(), available_mib(), options.memory_mib).min(plans.len());
-    thread::scope(|scope| (0..count).for_each(|_| drop(scope.spawn(work))));
+    thread::scope(|scope| {
+        for _ in 0..count {
+            scope.spawn(work);
+        }
+    });
 
-    let mut passed = true;
-    let verdicts = verdicts.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    println!("\nIn {} virtual machines, {count} at a time, in {} s:", plans.len(), start.elapsed().as_secs());
-    for verdict in verdicts {
-        // None: the thread that ran it panicked.
-        let verdict =
-            verdict.unwrap_or_else(|| Verdict { passed: false, text: "a machine was given up".into() });
-        passed &= verdict.passed;
+    let verdicts = verdicts.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let seconds = start.elapsed().as_secs();
+    println!("\nIn {} virtual machines, {count} at a time, in {seconds} s:", plans.len());
+    for verdict in verdicts.values() {
         println!("{}", verdict.text);
     }
-    passed
+    verdicts.values().all(|verdict| verdict.passed)
 }
 
 /// What became of one machine.
