@@ -184,7 +184,7 @@ impl Recorder for LimitsOf {
         let before = Before::read(&self.cgroup, &settings);
         let updated = self.runc.update(&self.id, resources).await;
         if updated.is_err() {
-            freezer::blocking(move || before.put_back()).await?;
+            blocking(move || before.put_back()).await?;
         }
         updated.map_err(|error| runc_error("update", error, &self.log))
     }

@@ -327,8 +327,7 @@ impl RuncContainer {
         let mut inner = self.lock();
         inner.last_pids = pids.into_iter().map(process::number).collect();
         let kept = dumped.kept;
-        inner.image =
-            Some(SleepImage { kind, kept, ahead, tcp_close, timers, alarm, placeholder, emptied });
+        inner.image = Some(SleepImage { kind, kept, ahead, tcp_close, timers, alarm, emptied, placeholder });
         Ok(report)
     }
 
