@@ -1,13 +1,13 @@
 //! Taking back an update that was refused half-way.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
 use tracing::warn;
 
-use super::{Setting, write_lines};
+use super::{LimitError, Setting, write_lines};
 
 /// What was in force before an update, in the files that it is about to change.
 #[derive(Debug)]
@@ -35,11 +35,24 @@ impl Before {
             if now == *before {
                 continue;
             }
-            let lines = lines_back(&path.file_name().unwrap_or_default().to_string_lossy(), before, &now);
-            if let Err(error) = write_lines(path, &lines) {
+            let file = path.file_name().unwrap_or_default().to_string_lossy();
+            let written = write_lines(path, &lines_back(&file, before, &now));
+            if let Err(error) = written.or_else(|error| without_limit(path, &file, error)) {
                 warn!(%error, "a limit stays that belongs to an update which was refused");
             }
         }
+    }
+}
+
+/// Allows all that the parent has. Linux 6.12 does not take its set of processors or memory nodes from a cgroup with
+/// processes (ENOSPC); this one has the same effect.
+fn without_limit(path: &Path, file: &str, error: LimitError) -> Result<(), LimitError> {
+    let refused = matches!(&error, LimitError::Write { value, source, .. }
+        if value.is_empty() && source.kind() == io::ErrorKind::StorageFull);
+    let all = path.parent().and_then(Path::parent).map(|parent| parent.join(format!("{file}.effective")));
+    match all.and_then(|all| fs::read_to_string(all).ok()) {
+        Some(all) if refused => write_lines(path, all.trim_end()),
+        _ => Err(error),
     }
 }
 

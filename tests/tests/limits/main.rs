@@ -78,6 +78,19 @@ impl Limits {
         Self { inode: fs::metadata(&directory).unwrap().ino(), files }
     }
 
+    /// The same, where sets of processors and memory nodes that are as wide as the parent's count as none: Linux 6.12
+    /// does not let them be taken away from processes.
+    fn but_for_wide_sets(mut self, node: &Node, agent: &Agent) -> Self {
+        let parent = cgroup(node, agent).parent().unwrap().to_owned();
+        for (file, value) in self.files.iter_mut().filter(|(file, _)| file.starts_with("cpuset.")) {
+            let all = fs::read_to_string(parent.join(format!("{file}.effective")));
+            if all.is_ok_and(|all| all.trim() == value) {
+                value.clear();
+            }
+        }
+        self
+    }
+
     fn get(&self, file: &str) -> &str {
         self.files.get(file).unwrap_or_else(|| panic!("no {file} in {:?}", self.files.keys()))
     }
