@@ -10,12 +10,12 @@ FLAGS = --all-targets
 OUTPUT = $(TARGET)/debug
 
 # The demo and the benchmark show what a user would install; tests run what builds fastest.
-demo bench bench-quick build install: FLAGS = --release
-demo bench bench-quick build install: OUTPUT = $(TARGET)/release
+demo bench bench-quick bench-neighbours build install: FLAGS = --release
+demo bench bench-quick bench-neighbours build install: OUTPUT = $(TARGET)/release
 
 PROGRAMS = containerd-shim-agentcube-v1 agentcube
 
-.PHONY: help packages setup build demo bench bench-quick test test-vm install clean
+.PHONY: help packages setup build demo bench bench-quick bench-neighbours test test-vm install clean
 
 help:
 	@echo "make setup    packages that this machine lacks, and the test node's root file system (once; a minute)"
@@ -23,6 +23,7 @@ help:
 	@echo "make demo     an agent falls asleep and wakes, on a container node of its own"
 	@echo "make bench    times against runc, crun and cold starts, into docs/benchmarks and README (20 minutes)"
 	@echo "make bench-quick  whether the goals hold, by a short run that writes nothing (3 minutes)"
+	@echo "make bench-neighbours  what neighbours do to an agent, in a virtual machine, into docs/benchmarks (20 minutes)"
 	@echo "make test     format, lints, unit tests, then the behaviour suite on such a node, then make test-vm"
 	@echo "make test-vm  what needs another kernel, every controller or swap, in a virtual machine (minutes without KVM)"
 	@echo "make install  the binaries into \$$(DESTDIR)\$$(PREFIX)/bin; PREFIX is $(PREFIX)"
@@ -36,7 +37,7 @@ NEEDED = \
 	/usr/sbin/debootstrap:debootstrap \
 	/usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 
-test test-vm: NEEDED += /usr/bin/qemu-system-x86_64:qemu-system-x86 /usr/sbin/mke2fs:e2fsprogs
+test test-vm bench-neighbours: NEEDED += /usr/bin/qemu-system-x86_64:qemu-system-x86 /usr/sbin/mke2fs:e2fsprogs
 
 packages:
 	@missing=; \
@@ -67,6 +68,9 @@ bench: setup
 
 bench-quick: setup
 	@$(OUTPUT)/bench --plan quick --check
+
+bench-neighbours: setup
+	@$(OUTPUT)/bench --plan neighbours --virtual --out docs/benchmarks
 
 test: setup
 	cargo fmt --all --check

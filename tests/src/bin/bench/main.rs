@@ -3,10 +3,12 @@
 //! It starts a node, runs itself there ([`inside`]), and makes a report of what that has measured.
 
 mod goals;
+mod guest;
 mod inside;
 mod outside;
 mod plan;
 mod plot;
+mod plot_company;
 mod readme;
 mod record;
 mod report;
@@ -52,6 +54,10 @@ struct Args {
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 
+    /// Measure in a virtual machine, which has every controller of cgroup v2
+    #[arg(long = "virtual")]
+    in_virtual_machine: bool,
+
     #[command(subcommand)]
     inside: Option<Inside>,
 }
@@ -65,27 +71,36 @@ enum Size {
     Quick,
     /// One cycle of everything: whether the benchmark itself works
     Tiny,
+    /// What neighbours do to an agent, where every controller of cgroup v2 is there
+    Neighbours,
 }
 
 #[derive(Debug, Subcommand)]
 enum Inside {
+    /// On the node
     #[command(hide = true)]
     Inside { plan: String },
+    /// In the virtual machine
+    #[command(hide = true)]
+    Guest { plan: String },
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     let result = match args.inside {
         Some(Inside::Inside { plan }) => inside::run(&plan).map(|()| true),
+        Some(Inside::Guest { plan }) => guest::measure(&plan).map(|()| true),
         None => {
             let plan = match args.plan {
                 Size::Full => Plan::full(),
                 Size::Quick => Plan::quick(),
                 Size::Tiny => Plan::tiny(),
+                Size::Neighbours => Plan::neighbours(),
             };
             let plan = if let Some(cycles) = args.cycles { plan.with_at_most(cycles) } else { plan };
             let plan = if let Some(text) = &args.only { plan.with_only(text) } else { plan };
-            let report = outside::Report { out: args.out, readme: args.readme, from: args.from };
+            let on = if args.in_virtual_machine { outside::On::Guest } else { outside::On::Here };
+            let report = outside::Report { out: args.out, readme: args.readme, from: args.from, on };
             outside::run(plan, &report).map(|verdict| verdict.complete && (verdict.held || !args.check))
         }
     };

@@ -12,10 +12,19 @@ use crate::goals::{self, Goal};
 use crate::inside;
 use crate::plan::{Plan, Subject};
 use crate::results::Results;
-use crate::{plot, readme, report};
+use crate::{guest, plot, plot_company, readme, report};
 
 /// Where this program goes on the node.
 const PROGRAM: &str = "/usr/local/bin/agentcube-bench";
+
+/// Where it is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum On {
+    /// On a node of this machine.
+    Here,
+    /// On a node in a virtual machine.
+    Guest,
+}
 
 /// What becomes of the results.
 #[derive(Debug)]
@@ -26,6 +35,8 @@ pub struct Report {
     pub readme: Option<PathBuf>,
     /// Raw results of an earlier run, in place of a new one.
     pub from: Option<PathBuf>,
+    /// Where they come from.
+    pub on: On,
 }
 
 /// How a run ended.
@@ -48,9 +59,16 @@ pub fn run(plan: Plan, report: &Report) -> Result<Verdict> {
             serde_json::from_str(&text)
                 .with_context(|| format!("{} is no result of a run", path.display()))?
         }
-        None => measure(plan)?,
+        None => Results {
+            date: date(),
+            commit: commit(),
+            ..match report.on {
+                On::Here => measure(plan)?,
+                On::Guest => guest::run(&plan)?,
+            }
+        },
     };
-    let goals = goals::of(&results);
+    let goals = if results.plan.is_of_neighbours() { Vec::new() } else { goals::of(&results) };
     let text = report::markdown(&results, &goals);
     match &report.out {
         Some(folder) => write(&results, &goals, &text, folder, report.readme.as_deref())?,
@@ -67,7 +85,11 @@ pub fn run(plan: Plan, report: &Report) -> Result<Verdict> {
     Ok(Verdict { complete: failures.is_empty() && results.done(), held: goals.iter().all(Goal::held) })
 }
 
-fn measure(mut plan: Plan) -> Result<Results> {
+/// Runs a plan on a node of this machine. The results have no date, and of no commit.
+///
+/// # Errors
+/// When the node can't be had, or nothing was measured.
+pub fn measure(mut plan: Plan) -> Result<Results> {
     let program = std::env::current_exe().context("finding this program")?;
     // The images of sleeping agents are on disk, as on a real node.
     let options = NodeOptions { images_on_disk: true, ..NodeOptions::default() };
@@ -83,7 +105,7 @@ fn measure(mut plan: Plan) -> Result<Results> {
     let text = serde_json::to_string(&plan).context("the plan")?;
     let status = node.command([PROGRAM, "inside", &text]).run_here()?;
     let records = node.read_file(inside::RECORDS)?;
-    let results = Results::read(plan, date(), commit(), build(), &records)?;
+    let results = Results::read(plan, String::new(), String::new(), build(), &records)?;
     if status != 0 {
         eprintln!("The run broke off with status {status}; what it has measured is in the report.");
     }
@@ -121,10 +143,14 @@ fn write(results: &Results, goals: &[Goal], text: &str, folder: &Path, readme: O
         let path = folder.join(name);
         fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
     };
-    put("results.md", text)?;
-    put("results.json", &results.to_json()?)?;
+    let name = if results.plan.is_of_neighbours() { "neighbours" } else { "results" };
+    put(&format!("{name}.md"), text)?;
+    put(&format!("{name}.json"), &results.to_json()?)?;
     for plot in plot::all(results) {
         put(plot.file, &plot.svg()?)?;
+    }
+    if let Some(svg) = plot_company::svg(results)? {
+        put(plot_company::FILE, &svg)?;
     }
     if let Some(path) = readme {
         let old = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
@@ -132,6 +158,6 @@ fn write(results: &Results, goals: &[Goal], text: &str, folder: &Path, readme: O
             .with_context(|| format!("{} has no markers of the benchmark", path.display()))?;
         fs::write(path, new).with_context(|| format!("writing {}", path.display()))?;
     }
-    println!("The report is in {}.", folder.join("results.md").display());
+    println!("The report is in {}.", folder.join(format!("{name}.md")).display());
     Ok(())
 }

@@ -157,6 +157,55 @@ pub struct Shims {
     pub agents: Vec<u32>,
 }
 
+/// Whom an agent has beside it while it is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Company {
+    /// Nobody.
+    Nobody,
+    /// So many agents that sleep, checkpointed.
+    Asleep(u32),
+    /// So many agents that are put to sleep and woken again and again, all of them at the same time.
+    Waking(u32),
+    /// One that keeps every processor busy.
+    EatsCpu,
+    /// One that fills more memory than its limit allows, again and again.
+    EatsMemory,
+    /// One that writes to the disk and syncs, again and again.
+    EatsDisk,
+    /// One that does all three.
+    EatsAll,
+}
+
+impl fmt::Display for Company {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nobody => f.write_str("alone"),
+            Self::Asleep(agents) => write!(f, "beside {agents} that sleep"),
+            Self::Waking(agents) => write!(f, "beside {agents} that wake"),
+            Self::EatsCpu => f.write_str("beside one that eats CPU"),
+            Self::EatsMemory => f.write_str("beside one that eats memory"),
+            Self::EatsDisk => f.write_str("beside one that eats the disk"),
+            Self::EatsAll => f.write_str("beside one that eats all three"),
+        }
+    }
+}
+
+/// An agent that is asked in different company, and what busy agents get of the processors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbours {
+    /// The agent that is asked.
+    pub workload: Workload,
+    /// Whom it has beside it, in this order.
+    pub companies: Vec<Company>,
+    /// How often it is asked in each.
+    pub requests: u32,
+    /// CPU shares of two busy agents, pair by pair, as `ctr` takes them; runc makes weights of them.
+    pub shares: Vec<[u32; 2]>,
+    /// How long what each pair gets is measured, in seconds.
+    pub share_seconds: u64,
+}
+
 /// A part of the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -169,6 +218,8 @@ pub enum Section {
     AtOnce(AtOnce),
     /// See [`Shims`].
     Shims(Shims),
+    /// See [`Neighbours`].
+    Neighbours(Neighbours),
 }
 
 impl fmt::Display for Section {
@@ -186,6 +237,7 @@ impl fmt::Display for Section {
             Self::Shims(shims) => {
                 write!(f, "memory of shims: up to {} agents", shims.agents.iter().max().unwrap_or(&0))
             }
+            Self::Neighbours(plan) => write!(f, "{}: neighbours, {} requests", plan.workload, plan.requests),
         }
     }
 }
@@ -268,6 +320,31 @@ impl Plan {
         }
     }
 
+    /// What neighbours do to an agent. It needs every controller of cgroup v2.
+    pub fn neighbours() -> Self {
+        let neighbours = Neighbours {
+            workload: Workload::Python(16),
+            companies: vec![
+                Company::Nobody,
+                Company::Asleep(50),
+                Company::Waking(10),
+                Company::EatsCpu,
+                Company::EatsMemory,
+                Company::EatsDisk,
+                Company::EatsAll,
+            ],
+            requests: 300,
+            shares: vec![[1024, 1024], [1024, 3072], [1024, 10240]],
+            share_seconds: 10,
+        };
+        Self {
+            name: "neighbours".into(),
+            seconds: 30 * 60,
+            cpu_controller: false,
+            sections: vec![Section::Neighbours(neighbours)],
+        }
+    }
+
     /// One cycle of everything with small agents: whether the benchmark itself works.
     pub fn tiny() -> Self {
         let all = vec![Subject::Agentcube, Subject::Runc, Subject::Crun, Subject::ColdStart];
@@ -296,6 +373,11 @@ impl Plan {
         }
     }
 
+    /// Whether it is about neighbours, and has a report of its own.
+    pub fn is_of_neighbours(&self) -> bool {
+        self.sections.iter().any(|section| matches!(section, Section::Neighbours(_)))
+    }
+
     /// The same with at most this many cycles and rounds of everything, for a first look.
     #[must_use]
     pub fn with_at_most(mut self, cycles: u32) -> Self {
@@ -312,6 +394,7 @@ impl Plan {
                     }
                 }
                 Section::Shims(_) => {}
+                Section::Neighbours(plan) => plan.requests = plan.requests.min(cycles),
             }
         }
         self.name = format!("{}, at most {cycles} cycles", self.name);
@@ -358,11 +441,12 @@ mod tests {
                 Section::Depths(plan) => plan.seconds,
                 Section::AtOnce(plan) => plan.seconds,
                 Section::Shims(plan) => u64::from(*plan.agents.iter().max().unwrap()),
+                Section::Neighbours(_) => panic!("it has a plan of its own"),
             };
             let sum: u64 = plan.sections.iter().map(seconds).sum();
             assert!(sum < plan.seconds, "{}: {sum} s", plan.name);
         }
-        for plan in [Plan::full(), Plan::quick(), Plan::tiny()] {
+        for plan in [Plan::full(), Plan::quick(), Plan::tiny(), Plan::neighbours()] {
             let text = serde_json::to_string(&plan).unwrap();
             assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
         }
@@ -379,6 +463,7 @@ mod tests {
                 Section::Depths(plan) => assert_eq!(plan.count, 3),
                 Section::AtOnce(plan) => assert_eq!(plan.rounds, [(1, 3), (10, 3), (50, 2)]),
                 Section::Shims(plan) => assert_eq!(plan.agents, [1, 10, 100]),
+                Section::Neighbours(_) => panic!("it has a plan of its own"),
             }
         }
     }

@@ -4,7 +4,7 @@
 use agentcube_tests::memory::Memory;
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{Cache, Depth, Subject, Waker, Workload};
+use crate::plan::{Cache, Company, Depth, Subject, Waker, Workload};
 
 /// One sleep and the wake after it, or a cold start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -119,6 +119,28 @@ pub struct Shims {
     pub memory: Vec<Memory>,
 }
 
+/// Requests to an agent in some company.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Whom it had beside it.
+    pub company: Company,
+    /// For each request, from connecting until the first byte of the answer.
+    pub answer_us: Vec<u64>,
+    /// Wakes of the company meanwhile.
+    pub wakes: u32,
+}
+
+/// What two busy agents got of the processors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// Their weights, as their cgroups have them.
+    pub weights: [u32; 2],
+    /// Whether both had slept, as images, after the weights were set.
+    pub slept: bool,
+    /// The CPU time that each used.
+    pub used_us: [u64; 2],
+}
+
 /// Something that was to be measured and could not be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
@@ -166,6 +188,10 @@ pub enum Record {
     AtOnce(AtOnce),
     /// See [`Shims`].
     Shims(Shims),
+    /// See [`Asked`].
+    Asked(Asked),
+    /// See [`Share`].
+    Share(Share),
     /// See [`Failure`].
     Failure(Failure),
     /// The run has come to its end.

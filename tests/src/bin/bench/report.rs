@@ -1,6 +1,7 @@
 //! The report for people: tables in Markdown.
 
 mod depths;
+mod neighbours;
 mod prose;
 
 use std::fmt::Write as _;
@@ -19,6 +20,8 @@ const DEPTHS_OF: Workload = Workload::Python(64);
 /// The whole report.
 pub fn markdown(results: &Results, goals: &[Goal]) -> String {
     let mut text = prose::head(results);
+    section(&mut text, "An agent in company", prose::COMPANY, &neighbours::company(results));
+    section(&mut text, "What busy agents get", prose::BUSY, &neighbours::shares(results));
     section(&mut text, "Goals", "", &goals_table(goals));
     section(&mut text, "Waking", prose::WAKING, &wakes(results, Cache::Warm));
     section(&mut text, "Falling asleep", prose::SLEEPING, &sleeps(results));
@@ -28,7 +31,8 @@ pub fn markdown(results: &Results, goals: &[Goal]) -> String {
     section(&mut text, "Waking at the same moment", prose::AT_ONCE, &at_once(results));
     section(&mut text, "Shims", prose::SHIMS, &shims(results));
     section(&mut text, "Not measured", "", &failures(results));
-    text.push_str(prose::TAIL);
+    let tail = if results.plan.is_of_neighbours() { prose::NEIGHBOURS_TAIL } else { prose::TAIL };
+    text.push_str(tail);
     text
 }
 

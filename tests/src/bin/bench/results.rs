@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::plan::{Cache, Depth, Plan, Section, Subject, Waker, Workload};
-use crate::record::{AtOnce, Cycle, DepthCycle, Failure, Machine, Record, Refused, Shims};
+use crate::record::{Asked, AtOnce, Cycle, DepthCycle, Failure, Machine, Record, Refused, Share, Shims};
 use crate::statistics::Summary;
 
 /// The raw results of a run.
@@ -108,6 +108,22 @@ impl Results {
     pub fn shims(&self) -> impl Iterator<Item = &Shims> {
         self.records.iter().filter_map(|record| match record {
             Record::Shims(it) => Some(it),
+            _ => None,
+        })
+    }
+
+    /// All requests to an agent in company.
+    pub fn asked(&self) -> impl Iterator<Item = &Asked> {
+        self.records.iter().filter_map(|record| match record {
+            Record::Asked(it) => Some(it),
+            _ => None,
+        })
+    }
+
+    /// What busy agents got of the processors.
+    pub fn shares(&self) -> impl Iterator<Item = &Share> {
+        self.records.iter().filter_map(|record| match record {
+            Record::Share(it) => Some(it),
             _ => None,
         })
     }

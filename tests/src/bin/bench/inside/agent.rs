@@ -79,7 +79,11 @@ impl Place {
 
 /// Starts a container with `ctr run`.
 pub fn start(place: &Place, runtime: Runtime, cpu_controller: bool) -> Result<()> {
-    let spec = spec(place.workload, &place.id, runtime);
+    start_as(&spec(place.workload, &place.id, runtime), cpu_controller)
+}
+
+/// Starts a container with `ctr run`, other than the workloads.
+pub fn start_as(spec: &AgentSpec, cpu_controller: bool) -> Result<()> {
     if let Some((folder, _)) = spec.log().rsplit_once('/') {
         fs::create_dir_all(folder).with_context(|| format!("making {folder}"))?;
     }

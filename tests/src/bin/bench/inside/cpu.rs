@@ -1,22 +1,29 @@
 //! CPU time of everything on the node but this program.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use rustix::time::{ClockId, clock_gettime};
 
 /// The node's cgroup, as seen from inside: containerd, shims, CRIU, runc and the agents are in it or below it, and those
 /// that have ended stay counted.
-const CPU_STAT: &str = "/sys/fs/cgroup/cpu.stat";
+const NODE: &str = "/sys/fs/cgroup";
 
 /// CPU time used so far, in microseconds.
 pub fn used() -> Result<u64> {
-    let text = fs::read_to_string(CPU_STAT).with_context(|| format!("reading {CPU_STAT}"))?;
-    let all = usage(&text).with_context(|| format!("{CPU_STAT} has no usage_usec"))?;
+    let all = used_by(Path::new(NODE))?;
     // Probing and polling cost time that nobody else would spend.
     let own = clock_gettime(ClockId::ProcessCPUTime);
     let own = own.tv_sec.unsigned_abs() * 1_000_000 + own.tv_nsec.unsigned_abs() / 1000;
     Ok(all.saturating_sub(own))
+}
+
+/// CPU time that a cgroup has used so far, in microseconds.
+pub fn used_by(cgroup: &Path) -> Result<u64> {
+    let path = cgroup.join("cpu.stat");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    usage(&text).with_context(|| format!("{} has no usage_usec", path.display()))
 }
 
 fn usage(text: &str) -> Option<u64> {

@@ -27,7 +27,12 @@ impl Engine {
     pub fn start(id: &str, workload: Workload, cpu_controller: bool) -> Result<Self> {
         let place = Place::for_ctr(id, workload)?;
         agent::start(&place, Runtime::Agentcube, cpu_controller)?;
-        let path = socket::path(Path::new(socket::DEFAULT_ROOT), "default", id)?;
+        Self::of(place)
+    }
+
+    /// Connects to the shim of an agent that has started.
+    pub fn of(place: Place) -> Result<Self> {
+        let path = socket::path(Path::new(socket::DEFAULT_ROOT), "default", &place.id)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let client = runtime.block_on(Client::connect_path(&path, Timeouts::default()))?;
         Ok(Self { place, runtime, client })

@@ -10,6 +10,7 @@ mod cycles;
 mod depths;
 mod engine;
 mod machine;
+mod neighbours;
 mod oci;
 mod probe;
 mod resident;
@@ -58,6 +59,7 @@ pub fn run(plan: &str) -> Result<()> {
             Section::Depths(plan) => depths::run(&mut run, plan)?,
             Section::AtOnce(plan) => at_once::run(&mut run, plan)?,
             Section::Shims(plan) => shims::run(&mut run, plan)?,
+            Section::Neighbours(plan) => neighbours::run(&mut run, plan)?,
         }
     }
     run.record(&Record::Done)

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::size;
+use crate::plot_company;
 use crate::results::Results;
 
 pub const WAKING: &str = "\
@@ -39,6 +40,30 @@ All agents sleep; then each is woken by a thread of its own, all at the same mom
 pub const SHIMS: &str = "\
 The mean of one shim, with busybox agents, after a sleep and a wake of each for agentcube. A page that several processes map counts in part for \
 each in PSS.";
+
+pub const COMPANY: &str = "\
+One agent of this project's answers over HTTP again and again, every 20 ms a client that connects anew, in different company on the same node. `first byte` \
+is from connecting to the first byte of the answer. Every agent has the same CPU weight. Those that sleep are checkpointed; those that wake are put to sleep \
+and woken again and again, each by a thread of its own, and each is checked after every wake; one that eats CPU has four busy loops, one that eats memory \
+fills 320 MiB with a limit of 256 MiB again and again and so swaps without end, one that eats the disk writes 64 MiB and syncs again and again. The client \
+itself has the largest CPU weight, so that its own waiting does not count.";
+
+pub const BUSY: &str = "\
+Two agents with four busy loops each share the processors by their weights: what the first one is promised and what it gets, before a sleep of both as images and after it.";
+
+pub const NEIGHBOURS_TAIL: &str = "\
+## How to measure it on real hardware
+
+Without KVM the virtual machine is emulated: every time above is some ten to fifty times what the same machine takes itself, and says something beside the row \
+`alone` only. On a node with every controller of cgroup v2 and swap, and no other work on it:
+
+```
+target/release/bench --plan neighbours --out docs/benchmarks
+```
+
+runs the same there, without a virtual machine. The weights of a real node stand in the cgroups of its pods; an agent's share follows from its CPU request. Disks share \
+by weight only with the scheduler bfq or io.cost; `io.max` is what limits a neighbour on all others.
+";
 
 pub const TAIL: &str = "\
 ## What is compared
@@ -81,7 +106,13 @@ const BUSY_PERCENT: u64 = 100;
 /// The title, what ran on what, and the plots.
 pub fn head(results: &Results) -> String {
     let machine = results.machine();
-    let mut text = String::from("# How long agents take to fall asleep and wake\n\n");
+    let of_neighbours = results.plan.is_of_neighbours();
+    let title = if of_neighbours {
+        "What neighbours do to an agent"
+    } else {
+        "How long agents take to fall asleep and wake"
+    };
+    let mut text = format!("# {title}\n\n");
     let programs: Vec<String> =
         machine.programs.iter().map(|(name, version)| format!("{name} {version}")).collect();
     // Writing to a string can't fail.
@@ -109,6 +140,14 @@ pub fn head(results: &Results) -> String {
     }
     if !results.done() {
         text.push_str("**The run was ended before it had measured everything.**\n\n");
+    }
+    if of_neighbours {
+        let _ = write!(
+            text,
+            "![The first byte of an agent's answer in different company]({})\n\n",
+            plot_company::FILE
+        );
+        return text;
     }
     for (file, title) in [
         ("wake.svg", "From asking for a wake to the first byte of the answer"),
