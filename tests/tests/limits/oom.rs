@@ -3,6 +3,8 @@
 use std::thread;
 use std::time::Duration;
 
+use agentcube_tests::kubelet::api::LinuxContainerResources;
+use agentcube_tests::kubelet::{ContainerSpec, Kubelet, NAMESPACE, Pod, PodSpec, RestartPolicy, Seen};
 use agentcube_tests::node::{Agent, Node, Runtime};
 use serde_json::Value;
 
@@ -70,4 +72,57 @@ fn oom_kills_are_told_once_each_and_before_the_exit_that_they_cause_whatever_the
     let agent = greedy(node, "runcs", Runtime::Runc);
     let (child, all) = starve(node, &events, &agent);
     println!("runc's shim told {child:?} of the child, {all:?} in all");
+}
+
+/// A pod of one greedy container, which may have 32 MiB and 8 MiB of swap.
+fn greedy_pod<'node>(kubelet: &'node Kubelet<'node>, name: &str, runtime: Runtime) -> Pod<'node> {
+    let agent = ContainerSpec::script("agent", GREEDY);
+    let pod =
+        kubelet.run(PodSpec::new(name, runtime).restart(RestartPolicy::Never).container(agent)).unwrap();
+    let ready = || Ok(pod.log("agent").unwrap().iter().any(|entry| entry.text == "ready"));
+    kubelet.node().wait_until("it to be ready", SOON, ready).unwrap();
+    let limits = LinuxContainerResources {
+        memory_limit_in_bytes: 32 << 20,
+        memory_swap_limit_in_bytes: 40 << 20,
+        ..Default::default()
+    };
+    pod.resize("agent", limits).unwrap();
+    pod
+}
+
+#[test]
+fn a_kubelet_is_told_of_oomkilled_before_and_after_a_sleep_as_with_containerds_own_shim() {
+    let Some(node) = node().filter(|_| has_swap()) else { return };
+    let kubelet = Kubelet::on(node).unwrap();
+    let pods = [("reference", Runtime::Runc), ("awake", Runtime::Agentcube), ("slept", Runtime::Agentcube)];
+    for (name, runtime) in pods {
+        let pod = greedy_pod(&kubelet, name, runtime);
+        if name == "slept" {
+            let words =
+                ["agentcube", "--namespace", NAMESPACE, "sleep", "--depth", "checkpointed", pod.sandbox()];
+            node.wait_until("the pod to sleep", SOON, || Ok(node.exec(&words)?.status == 0)).unwrap();
+        }
+        pod.exec("agent", &["/bin/sh", "-c", "kill -USR1 1"], SOON).unwrap();
+        node.wait_until("its end", SOON, || Ok(matches!(pod.seen("agent").unwrap(), Seen::Exited(_))))
+            .unwrap();
+        let status = pod.status("agent").unwrap();
+        assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{name}");
+        pod.remove().unwrap();
+    }
+}
+
+#[test]
+fn an_exec_that_is_killed_for_want_of_memory_ends_nothing_else() {
+    let Some(node) = node().filter(|_| has_swap()) else { return };
+    let kubelet = Kubelet::on(node).unwrap();
+    let pod = greedy_pod(&kubelet, "execs", Runtime::Agentcube);
+    for _ in 0..2 {
+        let words = ["dd", "if=/dev/zero", "of=/dev/null", "bs=256M", "count=1"];
+        assert_eq!(pod.exec("agent", &words, SOON).unwrap().exit_code, 137);
+        assert_eq!(pod.seen("agent").unwrap(), Seen::Running);
+        let words =
+            ["agentcube", "--namespace", NAMESPACE, "sleep", "--depth", "checkpointed", pod.sandbox()];
+        node.wait_until("the pod to sleep", SOON, || Ok(node.exec(&words)?.status == 0)).unwrap();
+    }
+    pod.remove().unwrap();
 }

@@ -57,7 +57,7 @@ fn draw(
         .margin(14)
         .x_label_area_size(46)
         .y_label_area_size(210)
-        .build_cartesian_2d(0.0..slowest * 1.05, (0..count).into_segmented())?;
+        .build_cartesian_2d(0.0..slowest * 1.05, (0..count - 1).into_segmented())?;
     chart
         .configure_mesh()
         .disable_y_mesh()
@@ -76,8 +76,8 @@ fn draw(
         (MEDIAN, "median", |times: &Summary| times.p50),
     ] {
         let bars = (0..count).rev().zip(rows).map(|(place, (_, times))| {
-            let ends =
-                [(0.0, SegmentValue::Exact(place)), (ms(figure(times)), SegmentValue::Exact(place + 1))];
+            let end = if place + 1 == count { SegmentValue::Last } else { SegmentValue::Exact(place + 1) };
+            let ends = [(0.0, SegmentValue::Exact(place)), (ms(figure(times)), end)];
             let mut bar = Rectangle::new(ends, colour.filled());
             bar.set_margin(6, 6, 0, 0);
             bar
