@@ -91,7 +91,7 @@ fn greedy_pod<'node>(kubelet: &'node Kubelet<'node>, name: &str, runtime: Runtim
 }
 
 #[test]
-fn a_kubelet_is_told_of_oomkilled_before_and_after_a_sleep_as_with_containerds_own_shim() {
+fn a_kubelet_is_told_of_oomkilled_at_once_before_and_after_a_sleep() {
     let Some(node) = node().filter(|_| has_swap()) else { return };
     let kubelet = Kubelet::on(node).unwrap();
     let pods = [("reference", Runtime::Runc), ("awake", Runtime::Agentcube), ("slept", Runtime::Agentcube)];
@@ -106,7 +106,13 @@ fn a_kubelet_is_told_of_oomkilled_before_and_after_a_sleep_as_with_containerds_o
         node.wait_until("its end", SOON, || Ok(matches!(pod.seen("agent").unwrap(), Seen::Exited(_))))
             .unwrap();
         let status = pod.status("agent").unwrap();
-        assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{name}");
+        match runtime {
+            Runtime::Agentcube => {
+                assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{name}");
+            }
+            // Its shim can tell of the kill after the exit, and then a kubelet may have looked already.
+            Runtime::Runc => println!("with containerd's own shim: {} {}", status.exit_code, status.reason),
+        }
         pod.remove().unwrap();
     }
 }
